@@ -1,0 +1,362 @@
+"""All settings: frozen models read from TOML, `key=value` overrides, one sentence for every mistake.
+
+Two trees live here: `Plan`, how NIfTI volumes become a store, and `Config`, how a run trains on it. A quantity carries
+its unit in its name (`_mm`, `_voxels`, `_steps`, `_fraction` in 0..1) and its axis order (`_xyz` as in NIfTI, `_zyx` as
+in memory). There is no key that does nothing.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: printed as one sentence, exit code 2, no traceback."""
+
+
+class Model(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# --------------------------------------------------------------------------------------------- preparation
+
+
+class Plan(Model):
+    """How a scan becomes a row of the store (DESIGN: the preprocessing contract). Its hash travels in every checkpoint."""
+
+    grid_voxels_xyz: tuple[int, int, int] | Literal["largest"] = (160, 192, 160)
+    """Voxels of every stored volume; "largest": the smallest grid that holds every scan of the source."""
+    spacing_mm_xyz: tuple[float, float, float] | Literal["native"] = (1.0, 1.0, 1.0)
+    """Spacing after resampling; "native" keeps each scan's own voxels."""
+    crop: Literal["foreground", "centre"] = "foreground"
+    """Where the grid is placed: on the foreground's bounding box (a tall head aligned at its top), or centre on centre."""
+    top_margin_mm: float = Field(default=5.0, ge=0)
+    """Distance kept above a foreground that is taller than the grid."""
+    foreground: Literal["auto", "otsu", "nonzero", "none"] = "auto"
+    """What counts as head or brain: above Otsu's threshold, above a constant background, or everything; "auto" takes
+    "nonzero" for volumes that are already skull-stripped and "otsu" otherwise."""
+    foreground_cell_voxels: int = Field(default=4, ge=1)
+    """Edge of the cells whose share of foreground is stored."""
+    max_cropped_fraction: float = Field(default=0.2, ge=0, le=1)
+    """A scan that would lose a larger share of its foreground is refused (`does_not_fit`)."""
+    warn_cropped_fraction: float = Field(default=0.01, ge=0, le=1)
+    """A scan that loses a larger share of its foreground carries the warning `cropped`."""
+    clip_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Percentiles of the foreground at which intensities are clipped when read for training (never in the store)."""
+    dtype: Literal["int16", "uint8", "float32"] = "int16"
+    """Storage type of voxels."""
+    quanta_per_std: float = Field(default=512.0, gt=0)
+    """Resampled or float data are rounded to foreground standard deviation / quanta_per_std (int16)."""
+    codec: Literal["lz4", "zstd"] = "lz4"
+    """Compressor inside blosc with byte shuffle; crc32c follows it."""
+    chunk_voxels: int = Field(default=0, ge=0)
+    """Edge of an inner chunk; 0: one chunk per volume."""
+    shard_volumes: int = Field(default=0, ge=0)
+    """Volumes per shard file; 0: clamp(rows // 64, 1, 32)."""
+
+    @field_validator("grid_voxels_xyz")
+    @classmethod
+    def _grid(cls, value: Any) -> Any:
+        if value != "largest" and min(value) < 1:
+            raise ValueError(f"grid_voxels_xyz must be positive, got {value}")
+        return value
+
+    @field_validator("spacing_mm_xyz")
+    @classmethod
+    def _spacing(cls, value: Any) -> Any:
+        if value != "native" and not all(0 < s < 100 for s in value):
+            raise ValueError(f"spacing_mm_xyz must lie in 0..100 mm, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Plan":
+        low, high = self.clip_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"clip_percentiles must rise within 0..100, got {self.clip_percentiles}")
+        if self.grid_voxels_xyz != "largest" and any(g % self.foreground_cell_voxels for g in self.grid_voxels_xyz):
+            raise ValueError(
+                f"grid_voxels_xyz {self.grid_voxels_xyz} must be a multiple of foreground_cell_voxels "
+                f"{self.foreground_cell_voxels}"
+            )
+        return self
+
+    def hash(self) -> str:
+        """32 hex digits over every setting (sorted JSON), independent of versions, paths and machine."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class Data(Model):
+    """Where volumes come from."""
+
+    store: str = ""
+    """Path of a finished store."""
+    loader: Literal["torch"] = "torch"
+    """Which loader feeds the run."""
+    workers: int = Field(default=2, ge=1)
+    """Threads that read and decode ahead of the step."""
+    crop_voxels_zyx: tuple[int, int, int] | None = None
+    """Size of a random crop; none: whole volumes."""
+    flip_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples mirrored left-right. 0 by default: brains are not symmetric."""
+    holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of subjects kept out of training and used for held-out evaluation."""
+
+
+class ModelSettings(Model):
+    """The encoder (a 3D vision transformer)."""
+
+    width: int = Field(default=768, gt=0)
+    depth: int = Field(default=12, gt=0)
+    heads: int = Field(default=12, gt=0)
+    patch_voxels_zyx: tuple[int, int, int] = (16, 16, 16)
+    position: Literal["rope", "sincos"] = "rope"
+    """Rotary positions in every attention, or fixed sine-cosine vectors added once."""
+
+
+class Mask(Model):
+    """Which tokens are hidden."""
+
+    fraction: float = Field(default=0.75, gt=0, lt=1)
+    """Share of tokens masked: exactly round(fraction × tokens) in every sample."""
+
+
+class Mae(Model):
+    """Decoder and voxel loss of the masked autoencoder."""
+
+    decoder_width: int = Field(default=384, gt=0)
+    decoder_depth: int = Field(default=8, gt=0)
+    decoder_heads: int = Field(default=6, gt=0)
+    pixel_loss: Literal["mse", "l1"] = "mse"
+    normalize_target: bool = False
+    """Each masked patch is z-scored before the voxel loss (predictions are de-normalised for the spectral term)."""
+
+
+class Spectral(Model):
+    """The FFT-magnitude term. Native: every step, mean over kept bins, independent of volume size. `compat = "paper"`:
+    the published formula and its amortisation (arXiv 2606.13315)."""
+
+    weight: float = Field(default=0.01, ge=0)
+    """λ. 0 switches the term off. The native default has the gradient weight of the paper's λ=1, n=10 (λ/n²)."""
+    mode: Literal["logmag", "magnitude", "complex"] = "logmag"
+    scope: Literal["volume", "patch"] = "volume"
+    """The whole mosaic, or each masked patch by itself."""
+    cutoff_fraction: float = Field(default=0.3, ge=0, lt=1)
+    """Radial high-pass: bins nearer to zero frequency than this share of the corner's radius are left out."""
+    log_scale: float = Field(default=math.sqrt(160**3), gt=0)
+    """s in log1p(s·|F|) of the orthonormal transform; √(160³) equals the paper's scale at 160³."""
+    every_steps: int = Field(default=1, ge=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear ramp of λ from 0."""
+    compat: Literal["native", "paper"] = "native"
+
+
+class Train(Model):
+    """Length, batch and precision."""
+
+    num_steps: int = Field(default=100_000, gt=0)
+    """Optimizer steps."""
+    global_batch_volumes: int = Field(default=256, gt=0)
+    """Volumes per optimizer step over all ranks and accumulation."""
+    micro_batch_volumes: int = Field(default=32, gt=0)
+    """Volumes per forward pass of one rank, at most; lowered to what one rank's share allows."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class Optim(Model):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(default=1.5e-4, gt=0)
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    warmup_steps: int = Field(default=2000, ge=0)
+
+
+class Zero(Model):
+    """DeepSpeed's sharding."""
+
+    stage: Literal[1, 2] = 1
+    """1 shards optimizer states over ranks, 2 gradients as well."""
+
+
+class Checkpoint(Model):
+    """When states are saved and kept."""
+
+    every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, ge=2)
+    """Newest checkpoints kept; at least 2, since the last may be the damaged one."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of this are never removed; 0: none."""
+
+
+class Log(Model):
+    """What is written how often."""
+
+    every_steps: int = Field(default=10, gt=0)
+    holdout_every_steps: int = Field(default=1000, gt=0)
+    holdout_volumes: int = Field(default=16, gt=0)
+    """Held-out volumes evaluated each time, at most."""
+    pictures: int = Field(default=2, ge=0)
+    """Held-out volumes whose reconstructions are kept for the report."""
+
+
+class Run(Model):
+    """Where the run lives."""
+
+    dir: str = ""
+    """Run folder; default runs/<config name>."""
+
+
+class Config(Model):
+    """One pretraining run."""
+
+    objective: Literal["mae"] = "mae"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    kernels: Literal["auto", "reference"] = "auto"
+    """Which implementation of the patch gather runs."""
+    data: Data = Data()
+    model: ModelSettings = ModelSettings()
+    mask: Mask = Mask()
+    mae: Mae = Mae()
+    spectral: Spectral = Spectral()
+    train: Train = Train()
+    optim: Optim = Optim()
+    zero: Zero = Zero()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        for name, width, heads in (
+            ("model", self.model.width, self.model.heads),
+            ("mae.decoder", self.mae.decoder_width, self.mae.decoder_heads),
+        ):
+            if width % heads or (width // heads) % 2:
+                raise ValueError(f"{name}: width {width} must be an even multiple of its {heads} heads")
+        if self.optim.warmup_steps >= self.train.num_steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} must be below train.num_steps {self.train.num_steps}"
+            )
+        if self.spectral.compat == "paper" and self.spectral.scope != "volume":
+            raise ValueError('spectral.compat = "paper" is defined on whole volumes; set spectral.scope = "volume"')
+        return self
+
+
+MAY_CHANGE_ON_RESUME = (
+    "train.num_steps", "log", "checkpoint", "data.loader", "data.workers", "zero", "kernels", "run",
+)  # fmt: skip
+"""Keys (or groups) that a resumed run may set to another value without `--allow-change`."""
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Every leaf that differs between two dumped configs, as (dotted key, old, new)."""
+    changes = []
+    for key in sorted({*old, *new}):
+        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_keys(before, after, f"{name}.")
+        elif before != after:
+            changes.append((name, before, after))
+    return changes
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+M = TypeVar("M", bound=Model)
+
+
+def load(model: type[M], path: str | Path | None, overrides: tuple[str, ...] = ()) -> M:
+    """Read a TOML file (none: the defaults), apply `key=value` overrides, validate.
+
+    Raises InputError with one sentence that names the file, the key, what was got and what would do.
+    """
+    where = str(path) if path else "the defaults"
+    tree: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise InputError(f"{file}: no such config file; give the path of a .toml file, e.g. one under configs/")
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} is not valid TOML: {error}") from None
+    for override in overrides:
+        set_override(tree, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_sentence(model, error)}") from None
+
+
+def set_override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` to a tree in place; a value that is not TOML is a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} is not of the form key=value, e.g. train.num_steps=300")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *groups, leaf = key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"override {override!r}: {group!r} is a value, not a group of settings")
+    tree[leaf] = value
+
+
+def to_toml(model: Model) -> str:
+    """The effective settings as TOML that `load` reads back to an equal model (None is left out)."""
+    lines: list[str] = []
+    groups: list[tuple[str, dict[str, Any]]] = []
+    for key, value in model.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            groups.append((key, value))
+        elif value is not None:
+            lines.append(f"{key} = {_toml_value(value)}")
+    for name, group in groups:
+        lines += ["", f"[{name}]", *(f"{k} = {_toml_value(v)}" for k, v in group.items() if v is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _sentence(model: type[Model], error: ValidationError) -> str:
+    """All mistakes of a validation, each with its key and the valid neighbours."""
+    parts = []
+    for item in error.errors():
+        path = [str(p) for p in item["loc"]]
+        dotted = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            group = model
+            for name in path[:-1]:
+                group = group.model_fields[name].annotation  # type: ignore[assignment]
+            names = sorted(group.model_fields)
+            close = difflib.get_close_matches(path[-1], names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            parts.append(f"unknown key {dotted!r}; {hint}Valid keys here: {', '.join(names)}")
+        elif item["type"] == "value_error":
+            parts.append(str(item["ctx"]["error"]))
+        else:
+            parts.append(f"{dotted} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(parts)
