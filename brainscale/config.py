@@ -30,14 +30,14 @@ class Model(BaseModel):
 
 
 class Plan(Model):
-    """How a scan becomes a row of the store (DESIGN: the preprocessing contract). Its hash travels in every checkpoint."""
+    """How a scan becomes a row of the store: the preprocessing contract. Its hash travels in every checkpoint."""
 
     grid_voxels_xyz: tuple[int, int, int] | Literal["largest"] = (160, 192, 160)
     """Voxels of every stored volume; "largest": the smallest grid that holds every scan of the source."""
     spacing_mm_xyz: tuple[float, float, float] | Literal["native"] = (1.0, 1.0, 1.0)
     """Spacing after resampling; "native" keeps each scan's own voxels."""
     crop: Literal["foreground", "centre"] = "foreground"
-    """Where the grid is placed: on the foreground's bounding box (a tall head aligned at its top), or centre on centre."""
+    """Where the grid lies: on the foreground's bounding box (a tall head aligned at its top), or centre on centre."""
     top_margin_mm: float = Field(default=5.0, ge=0)
     """Distance kept above a foreground that is taller than the grid."""
     foreground: Literal["auto", "otsu", "nonzero", "none"] = "auto"

@@ -1,0 +1,123 @@
+"""What several tests share: the optional real data, reduced or full counts, a small phantom store."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainscale import store
+from brainscale.config import Plan
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = Path(os.environ.get("BRAINSCALE_TEST_DATA", ROOT / "../shared/data"))
+FULL = os.environ.get("BRAINSCALE_TEST_FULL") == "1"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real NIfTI files, or a skip that says how to provide it."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("no real data: set BRAINSCALE_TEST_DATA to a folder with ds002748_2mm and the others")
+    return REAL_DATA
+
+
+TINY_GRID_ZYX = (16, 24, 16)
+TINY_CONFIG = """
+objective = "mae"
+[data]
+workers = 1
+holdout_fraction = 0.2
+[model]
+width = 24
+depth = 1
+heads = 2
+patch_voxels_zyx = [8, 8, 8]
+[mae]
+decoder_width = 12
+decoder_depth = 1
+decoder_heads = 1
+[train]
+num_steps = 24
+global_batch_volumes = 4
+micro_batch_volumes = 4
+precision = "fp32"
+[optim]
+lr = 3e-3
+warmup_steps = 2
+[checkpoint]
+every_steps = 4
+[log]
+every_steps = 1
+holdout_every_steps = 12
+holdout_volumes = 2
+pictures = 1
+"""
+
+
+def write_tiny_store(path: Path, scans: int = 10, plan: Plan | None = None) -> Path:
+    """A finished store of smooth random blobs on a dark background: two scans per subject, int16, made without NIfTI."""
+    plan = plan or Plan(grid_voxels_xyz=TINY_GRID_ZYX[::-1], shard_volumes=4)
+    store.create(path, plan, TINY_GRID_ZYX, scans)
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in TINY_GRID_ZYX), indexing="ij")
+    inside = z**2 + y**2 + x**2 < 0.8
+    shards = -(-scans // store.shard_volumes(plan, scans))
+    for shard in range(shards):
+        volumes, cells, records = [], [], []
+        for row in store.shard_rows(plan, scans, shard):
+            rng = np.random.default_rng(row)
+            blob = 500 + 300 * np.cos(3 * x + rng.uniform(0, 6)) * np.cos(4 * y + rng.uniform(0, 6)) + 50 * z
+            volume = np.where(inside, blob + rng.normal(0, 20, inside.shape), 0).astype(np.int16)
+            values = volume[inside].astype(float)
+            grid = [n // plan.foreground_cell_voxels for n in TINY_GRID_ZYX]
+            share = inside.reshape(grid[0], 4, grid[1], 4, grid[2], 4).mean((1, 3, 5))
+            volumes.append(volume)
+            cells.append(np.round(share * 255).astype(np.uint8))
+            records.append(
+                {
+                    "row": row, "id": f"sub-{row // 2:02d}_ses-{row % 2}_T1w", "status": "ok", "reason": "",
+                    "sentence": "", "warnings": [], "source": f"sub-{row // 2:02d}/{row}.nii.gz",
+                    "source_xxh3_128": f"{row:032x}", "voxels_xxh3_128": f"{row:032x}",
+                    "subject": f"sub-{row // 2:02d}", "session": str(row % 2), "contrast": "T1w", "header_base64": "",
+                    "affine_source": np.eye(4).reshape(-1).tolist(), "affine_stored": np.eye(4).reshape(-1).tolist(),
+                    "spacing_source_mm_xyz": [1.0] * 3, "shape_source_xyz": list(TINY_GRID_ZYX[::-1]),
+                    "crop_voxels_xyz": [0.0] * 3, "cropped_fraction": 0.0, "scale": 1.0, "offset": 0.0,
+                    "background_code": 0, "mean": values.mean(), "std": values.std(), "clip_low": values.min(),
+                    "clip_high": values.max(), "foreground_threshold": 0.0, "foreground_fraction": inside.mean(),
+                    "duplicate_of": "", "participant": {"age": "60"},
+                }
+            )  # fmt: skip
+        store.write_shard(path, shard, np.stack(volumes), np.stack(cells), records)
+    store.finish(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of ten small volumes."""
+    return write_tiny_store(tmp_path_factory.mktemp("stores") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config that trains on `tiny_store` within a second."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.toml"
+    path.write_text(TINY_CONFIG)
+    return path
+
+
+def run_brainscale(
+    *arguments: str | Path, ranks: int = 1, code: int | None = 0, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would, with `ranks` processes under torchrun if more than one; checks the exit code."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--no-python"]
+    command = [sys.executable, "-m", "brainscale", *map(str, arguments)]
+    if ranks > 1:
+        command = [sys.executable, *torchrun, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=ROOT)
+    if code is not None:
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done

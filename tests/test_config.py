@@ -1,0 +1,90 @@
+"""Settings: strict, complete, readable back; one sentence for each mistake; every shipped file loads and dry-runs."""
+
+from pathlib import Path
+
+import pytest
+
+from brainscale.cli import dry_run_text
+from brainscale.config import Config, InputError, Plan, changed_keys, load, to_toml
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_misspelt_key_names_the_right_one():
+    with pytest.raises(InputError, match="unknown key 'train.num_step'; did you mean 'num_steps'") as caught:
+        load(Config, None, ("train.num_step=3",))
+    assert "global_batch_volumes" in str(caught.value), "the valid keys are listed"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("mask.fraction=1.5", "mask.fraction = 1.5"),
+        ("model.width=abc", "model.width = 'abc'"),
+        ("model.heads=7", "even multiple of its 7 heads"),
+        ("num_steps", "key=value"),
+        ("seed.x=1", "seed"),
+        ("objective=jepb", "objective"),
+        ("optim.warmup_steps=100000", "below train.num_steps"),
+        ("checkpoint.keep_last=1", "checkpoint.keep_last"),
+    ],
+)
+def test_bad_values_are_one_sentence(override, part):
+    with pytest.raises(InputError) as caught:
+        load(Config, None, ("seed=1", override))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match="no such config file"):
+        load(Config, tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = [1,\n")
+    with pytest.raises(InputError, match="not valid TOML"):
+        load(Config, tmp_path / "bad.toml")
+
+
+def test_overrides_are_toml_or_strings():
+    config = load(Config, None, ("data.store=/a b/c", "model.patch_voxels_zyx=[8, 8, 16]", "train.grad_clip=0.5"))
+    assert config.data.store == "/a b/c"
+    assert config.model.patch_voxels_zyx == (8, 8, 16)
+    assert config.train.grad_clip == 0.5
+
+
+def test_effective_settings_read_back(tmp_path):
+    config = load(Config, None, ('data.store=ü"\\x', "optim.lr=1e-7", "data.crop_voxels_zyx=[16,16,16]"))
+    (tmp_path / "effective.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load(Config, tmp_path / "effective.toml") == config
+
+
+def test_changed_keys_are_named():
+    old, new = (load(Config, None, (f"optim.lr={lr}", f"seed={s}")).model_dump() for lr, s in ((1e-3, 0), (2e-3, 1)))
+    assert changed_keys(old, new) == [("optim.lr", 1e-3, 2e-3), ("seed", 0, 1)]
+
+
+def test_plan_hash_depends_on_every_setting():
+    plan = Plan()
+    others = {
+        "grid_voxels_xyz": (80, 96, 80), "spacing_mm_xyz": "native", "crop": "centre", "top_margin_mm": 4.0,
+        "foreground": "otsu", "foreground_cell_voxels": 8, "max_cropped_fraction": 0.3, "warn_cropped_fraction": 0.02,
+        "clip_percentiles": (1.0, 99.0), "dtype": "uint8", "quanta_per_std": 256.0, "codec": "zstd", "chunk_voxels": 32,
+        "shard_volumes": 4,
+    }  # fmt: skip
+    assert set(others) == set(Plan.model_fields)
+    hashes = {Plan(**{name: value}).hash() for name, value in others.items()} | {plan.hash()}
+    assert len(hashes) == len(others) + 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.name)
+def test_shipped_configs_say_what_they_are_and_dry_run(path):
+    head = path.read_text(encoding="utf-8").split("\nobjective")[0]
+    assert "# Run:" in head and "# Came out:" in head
+    text = dry_run_text(load(Config, path))
+    assert "parameters" in text and "FLOPs per sample" in text
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "prep").glob("*.toml")), ids=lambda p: p.name)
+def test_shipped_plans_load(path):
+    assert path.read_text(encoding="utf-8").startswith("#")
+    load(Plan, path)
