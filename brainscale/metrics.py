@@ -1,0 +1,180 @@
+"""What a run measures: means on the device, one JSON line per logged step, TensorBoard beside it.
+
+`metrics.jsonl` is the truth. Floats are written by `repr`, so two runs compare bit for bit.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from brainscale.distributed import World
+from brainscale.geometry import Zyx
+from brainscale.mae import Output
+
+PARTS = ("loss", "pixel_loss", "spectral_loss")
+PEAK_BF16_FLOPS = {"NVIDIA H200": 788e12}
+"""Dense bf16 matrix rate measured on the named GPU, the denominator of MFU; other GPUs report none."""
+
+
+class Meter:
+    """Sums of an objective's outputs between two reads. Nothing leaves the device until `read`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._zero()
+
+    def _zero(self) -> None:
+        self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.world.device)
+
+    def add(self, out: Output) -> None:
+        """Count one micro-batch."""
+        self.sums[:-1] += torch.stack([getattr(out, part).detach() for part in PARTS])
+        self.sums[-1] += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over micro-batches and ranks since the last read. Collective."""
+        if self.world.size > 1:
+            dist.all_reduce(self.sums)
+        *sums, count = self.sums.tolist()
+        self._zero()
+        return {part: total / count for part, total in zip(PARTS, sums)}
+
+
+class Writer:
+    """Appends metric lines on rank 0 and mirrors their numbers to TensorBoard."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        """step: the step resumed from; a line torn by a kill is cut off."""
+        self.path = run_dir / "metrics.jsonl"
+        cut_torn_line(self.path)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; it must carry "step"."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                self.board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self.board.close()
+
+
+class Clock:
+    """Where the time of the loop goes between two reads of the metrics."""
+
+    def __init__(self, step: int, before_s: float) -> None:
+        """step: finished steps; before_s: seconds of training before this process."""
+        self.before_s, self.start = before_s, time.monotonic()
+        self._mark(step, self.start)
+
+    def _mark(self, step: int, now: float) -> None:
+        self.at_step, self.since = step, now
+        self.seconds = {"data_s": 0.0, "other_s": 0.0, "checkpoint_s": 0.0}
+
+    def total_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.before_s + time.monotonic() - self.start
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Count a block as waiting for data, as a checkpoint, or as other than training."""
+        begin = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - begin
+
+    def read(
+        self, step: int, samples: int, volume_zyx: Zyx, flops_per_sample: float, world: World
+    ) -> dict[str, float | None]:
+        """Seconds per step and rates since the last read. samples: per optimizer step."""
+        now, steps = time.monotonic(), step - self.at_step
+        apart = self.seconds["other_s"] + self.seconds["checkpoint_s"]
+        step_s = max(1e-9, now - self.since - apart) / steps
+        line = {
+            "time_s": self.total_s(), "step_s": step_s, "data_s": self.seconds["data_s"] / steps,
+            "data_wait_fraction": self.seconds["data_s"] / steps / step_s, "checkpoint_s": self.seconds["checkpoint_s"],
+            "voxels_per_s": samples * volume_zyx[0] * volume_zyx[1] * volume_zyx[2] / step_s,
+            "mfu": mfu(samples * flops_per_sample, step_s, world),
+        }  # fmt: skip
+        self._mark(step, now)
+        return line
+
+
+class Voice:
+    """What a person sees of a run: a progress bar on a terminal, a plain line every few seconds otherwise."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, world: World, num_steps: int, step: int) -> None:
+        self.speaks, self.num_steps, self.spoken = world.is_first, num_steps, float("-inf")
+        console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console) if self.speaks and console.is_terminal else None
+        if self.bar is not None:
+            self.task = self.bar.add_task("pretraining", total=num_steps, completed=step)
+            self.bar.start()
+
+    def line(self, text: str) -> None:
+        """Say a sentence (rank 0 only)."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False)
+        elif self.speaks:
+            print(text, flush=True)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Show a metric line."""
+        text = (
+            f"loss {line['loss']:.4f}  {line['step_s']:.2f} s/step  {line['voxels_per_s'] / 1e6:.2f} Mvoxel/s  "
+            f"data wait {line['data_wait_fraction']:.0%}"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=line["step"], description=text)
+        elif time.monotonic() - self.spoken > self.EVERY_S or line["step"] == self.num_steps:
+            self.spoken = time.monotonic()
+            self.line(f"step {line['step']}/{self.num_steps}  {text}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def read(path: Path) -> dict[int, dict[str, Any]]:
+    """Metric lines by step. A later line of the same step replaces the earlier's keys; a torn last line is left out."""
+    steps: dict[int, dict[str, Any]] = {}
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            line = json.loads(text)
+            steps.setdefault(line["step"], {}).update(line)
+    return dict(sorted(steps.items()))
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line that has no end."""
+    if path.is_file():
+        whole = path.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept != whole:
+            os.truncate(path, len(kept))
+
+
+def mfu(flops_per_step: float, step_s: float, world: World) -> float | None:
+    """Model FLOPs utilisation 0..1, or None where the device's peak is not known."""
+    if world.device.type != "cuda":
+        return None
+    peak = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(world.device))
+    return None if peak is None else flops_per_step / step_s / (peak * world.size)

@@ -1,0 +1,163 @@
+"""The run folder: who may write it, what it says about itself, and whether a resumed run is still the same run.
+
+RUN/config.toml       effective settings          RUN/holdout/            held-out spectra and pictures
+RUN/run.json          machine, versions, data     RUN/reconstruction.json four errors, see holdout.py
+RUN/metrics.jsonl     one line per logged step    RUN/report.html         for people
+RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how the last process ended
+"""
+
+import json
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import xxhash
+
+from brainscale.checkpoint import TrainState
+from brainscale.config import MAY_CHANGE_ON_RESUME, Config, InputError, changed_keys, to_toml
+from brainscale.distributed import World, broadcast
+from brainscale.sampling import held_out
+from brainscale.store import Store, open_store
+
+REFUSED_LISTED = 200
+"""Refused scans named in run.json; all of them stand in the store's refused.jsonl."""
+
+
+def open_everywhere(path: str, world: World) -> Store:
+    """Open a store on every rank: rank 0 checks it first, so that a fault is one sentence and not one per rank."""
+    if not path:
+        raise InputError("no store given; add data.store=STORE, a folder made by data_prep/to_zarr.py")
+    problem = None
+    if world.is_first:
+        try:
+            open_store(Path(path))
+        except InputError as error:
+            problem = str(error)
+    problem = broadcast(problem, world)
+    if problem:
+        raise InputError(str(problem))
+    return open_store(Path(path))
+
+
+def split_rows(store: Store, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows); every subject is on one side. A scan without a subject is its own."""
+    subjects, ids = store.column("subject"), store.column("id")
+    subjects = np.array([subject or scan for subject, scan in zip(subjects, ids)])
+    held = held_out(subjects, config.data.holdout_fraction, config.seed)
+    return store.rows[~held], store.rows[held]
+
+
+def data_hash(store: Store, rows: np.ndarray) -> str:
+    """Names the training rows and their scans: another value means another order of samples."""
+    ids = store.column("id")[np.searchsorted(store.rows, rows)]
+    return xxhash.xxh3_128_hexdigest("\n".join(f"{row} {scan}" for row, scan in zip(rows, ids)).encode())
+
+
+@contextmanager
+def locked(run_dir: Path, world: World) -> Iterator[None]:
+    """Hold the run folder. Raises InputError on every rank when another process has it."""
+    lock = None
+    taken = None
+    if world.is_first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            taken = f"{run_dir} is being written by another process; wait for it, or give this run its own run.dir"
+    taken = broadcast(taken, world)
+    if taken:
+        raise InputError(str(taken))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def check_resume(saved: TrainState, now: TrainState, allow_change: tuple[str, ...]) -> None:
+    """Raises InputError, with the difference, unless only settings that may change have changed."""
+    if saved.plan_hash != now.plan_hash and "data" not in allow_change:
+        raise InputError(
+            f"the checkpoint was trained on a store with preprocessing plan {saved.plan_hash[:8]}, this store has plan "
+            f"{now.plan_hash[:8]}; convert with the same plan, or start a new run.dir"
+        )
+    permitted = (*MAY_CHANGE_ON_RESUME, *allow_change)
+    refused = [
+        f"{key}: {before} → {after}"
+        for key, before, after in changed_keys(saved.config, now.config)
+        if not any(key == p or key.startswith(f"{p}.") for p in permitted)
+    ]
+    if refused:
+        raise InputError(
+            f"settings differ from those of the run being resumed ({'; '.join(refused)}); restore them, choose another "
+            "run.dir, or permit it with --allow-change KEY"
+        )
+    if saved.data_hash != now.data_hash and "data" not in allow_change:
+        raise InputError(
+            "the training scans are not those of the run being resumed, so the order of samples would break; use the "
+            "same store, choose another run.dir, or permit it with --allow-change data"
+        )
+
+
+def describe(
+    run_dir: Path, config: Config, store: Store, train_rows: np.ndarray, held_rows: np.ndarray, world: World
+) -> None:
+    """Write config.toml and run.json."""
+    (run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    about = {
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": {"cpu": platform.processor() or platform.machine(), "device": device_name(world)},
+        "world_size": world.size,
+        "launcher": world.launcher,
+        "store": {
+            "path": str(config.data.store),
+            "plan": store.plan.model_dump(mode="json"),
+            "plan_hash": store.plan_hash,
+            "volume_zyx": store.volume_zyx,
+            "scans": len(store.rows),
+            "training_scans": len(train_rows),
+            "held_out_scans": len(held_rows),
+            "held_out_ids": store.column("id")[np.searchsorted(store.rows, held_rows)].tolist(),
+            "refused": len(store.refused),
+            "refused_by_reason": Counter(r["reason"] for r in store.refused),
+            "refused_scans": store.refused[:REFUSED_LISTED],
+        },
+    }
+    (run_dir / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def write_exit(run_dir: Path, code: int, sentence: str) -> None:
+    """Write exit.json: torchrun hides a rank's exit code, this file does not."""
+    record = {"code": code, "sentence": sentence, "utc": datetime.now(UTC).isoformat(timespec="seconds")}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "exit.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    return {name: version(name) for name in ("brainscale-mri", "torch", "deepspeed", "numpy", "zarr", "tensorstore")}
+
+
+def device_name(world: World) -> str:
+    """The GPU's name, or "cpu" with the number of threads."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def commit() -> str:
+    """Commit of the checkout this package is imported from; "" outside one."""
+    folder = Path(__file__).parent
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,86 @@
+"""Batches hold the voxels that the draws name, whatever the ranks, the accumulation and the cursor."""
+
+import numpy as np
+import pytest
+import torch
+
+from brainscale.config import Config, InputError, load
+from brainscale.geometry import patchify
+from brainscale.loader import Loader, Reader
+from brainscale.sampling import Draw
+from brainscale.store import open_store
+
+SETTINGS = ("model.patch_voxels_zyx=[8,8,8]", "train.global_batch_volumes=4", "train.micro_batch_volumes=4")
+
+
+def stream(store_path, steps, ranks, micro, cursor=0, *overrides):
+    """(row, volume sum) of every sample of `steps` optimizer steps, in global order."""
+    config = load(Config, None, (*SETTINGS, *overrides))
+    reader = Reader(open_store(store_path), config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
+    seen = {}
+    for rank in range(ranks):
+        batches = Loader(reader, reader.store.rows, config, rank, ranks, micro).batches(cursor)
+        for _ in range(steps * 4 // (micro * ranks)):
+            batch, after = next(batches)
+            for i, row, volume in zip(batch.sample_index, batch.row, batch.volumes):
+                seen[int(i)] = (int(row), int(volume.long().sum()))
+        batches.close()
+        assert after == cursor + steps * 4
+    return [seen[i] for i in sorted(seen)]
+
+
+def test_the_order_is_the_same_for_any_ranks_and_accumulation(tiny_store):
+    one = stream(tiny_store, 5, 1, 4)
+    assert sorted(row for row, _ in one[:10]) == sorted(row for row, _ in one[10:]) == list(range(10))
+    for ranks, micro in ((1, 2), (2, 2), (2, 1), (4, 1)):
+        assert stream(tiny_store, 5, ranks, micro) == one
+
+
+def test_a_cursor_gives_the_tail(tiny_store):
+    crop = ("data.crop_voxels_zyx=[8,16,8]", "data.flip_fraction=0.5")
+    assert stream(tiny_store, 2, 2, 2, 12, *crop) == stream(tiny_store, 5, 1, 4, 0, *crop)[12:]
+
+
+def test_voxels_statistics_and_foreground(tiny_store):
+    store = open_store(tiny_store)
+    reader = Reader(store, (8, 8, 8), (8, 16, 8))
+    batch = reader.batch([Draw(0, 3, (4, 8, 8), False), Draw(1, 3, (4, 8, 8), True)])
+    whole = store.volumes([3])[0]
+    part = torch.from_numpy(whole[4:12, 8:24, 8:16])
+    assert torch.equal(batch.volumes[0, 0], part)
+    assert torch.equal(batch.volumes[1, 0], part.flip(2))
+    mean, std = store.column("mean")[3], store.column("std")[3]
+    values = batch.volumes[0].double() * float(batch.scale[0]) + float(batch.offset[0])
+    torch.testing.assert_close(values, (batch.volumes[0].double() - mean) / std, atol=1e-5, rtol=1e-5)
+    assert float(batch.low[0]) == pytest.approx((store.column("clip_low")[3] - mean) / std, rel=1e-6)
+    shares = patchify((batch.volumes > 0).float(), (8, 8, 8)).mean(-1)
+    torch.testing.assert_close(batch.foreground, shares, atol=0.003, rtol=0)
+
+
+def test_what_does_not_fit_is_refused(tiny_store):
+    store = open_store(tiny_store)
+    with pytest.raises(InputError, match="larger than the store"):
+        Reader(store, (8, 8, 8), (32, 24, 16))
+    with pytest.raises(InputError, match="no multiple of the patch"):
+        Reader(store, (8, 16, 8), None)
+    with pytest.raises(InputError, match="foreground cell"):
+        Reader(store, (2, 2, 2), None)
+
+
+def test_damage_reaches_the_caller(tiny_store, tmp_path):
+    """A shard that disappears under a running loader is an error that names a file, not a zero volume."""
+    import shutil
+
+    copy = shutil.copytree(tiny_store, tmp_path / "store")
+    config = load(Config, None, SETTINGS)
+    reader = Reader(open_store(copy), (8, 8, 8), None)
+    for shard in (copy / "volumes" / "c").rglob("*"):
+        if shard.is_file():
+            shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(InputError, match="volumes"):
+        next(Loader(reader, reader.store.rows, config, 0, 1, 4).batches(0))
+
+
+def test_rows_are_sorted_positions(tiny_store):
+    store = open_store(tiny_store)
+    assert np.array_equal(store.rows, np.arange(10))

@@ -1,0 +1,86 @@
+"""Samples and masks are pure functions of (seed, index): once per epoch, any world size, exact and uniform masks."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brainscale.config import InputError, Mask
+from brainscale.masking import draw_masks, masked_count
+from brainscale.sampling import draw, epoch_order, held_out, words
+
+SIZES = st.integers(1, 200)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), SIZES)
+def test_every_row_once_per_epoch(seed, epoch, count):
+    rows = np.arange(count) * 3
+    drawn = [draw(seed, epoch * count + i, rows, (8, 8, 8), (8, 8, 8), 4, 0.0).row for i in range(count)]
+    assert sorted(drawn) == rows.tolist()
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(epoch_order(seed, epoch, 50)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_streams_are_fixed_for_ever():
+    """A checkpoint made with another numpy must find the same order."""
+    assert words(7, 0, 3, 2).tolist() == [13918315942059181947, 18007048821034219458]
+    assert epoch_order(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 10**12))
+def test_crops_lie_inside_on_cells(seed, index):
+    d = draw(seed, index, np.arange(5), (80, 96, 88), (40, 96, 32), 4, 0.5)
+    for corner, crop, volume in zip(d.corner_zyx, (40, 96, 32), (80, 96, 88)):
+        assert corner % 4 == 0 and 0 <= corner <= volume - crop
+    assert d == draw(seed, index, np.arange(5), (80, 96, 88), (40, 96, 32), 4, 0.5)
+
+
+def test_every_corner_and_both_sides_are_drawn():
+    draws = [draw(0, i, np.arange(3), (16, 8, 8), (8, 8, 8), 4, 0.25) for i in range(2000)]
+    assert {d.corner_zyx[0] for d in draws} == {0, 4, 8}
+    assert 0.2 < np.mean([d.flip for d in draws]) < 0.3
+
+
+@given(st.lists(st.sampled_from([f"sub-{i:02d}" for i in range(30)]), min_size=10), st.integers(0, 100))
+def test_subjects_are_never_on_both_sides(subjects, seed):
+    subjects = np.array([*subjects, "sub-98", "sub-99"])
+    held = held_out(subjects, 0.2, seed)
+    assert not set(subjects[held]) & set(subjects[~held])
+    assert len(set(subjects[held])) == max(1, round(0.2 * len(set(subjects))))
+
+
+def test_one_subject_cannot_be_split():
+    with pytest.raises(InputError, match="nobody would be left"):
+        held_out(np.array(["a", "a"]), 0.1, 0)
+    assert not held_out(np.array(["a", "a"]), 0.0, 0).any()
+
+
+@given(st.floats(0.05, 0.95), st.integers(20, 400), st.integers(0, 2**31), st.integers(0, 2**62))
+def test_mask_counts_are_exact_and_disjoint(fraction, tokens, seed, index):
+    masks = draw_masks(Mask(fraction=fraction), seed, np.array([index, index + 1]), tokens)
+    assert masks.masked.shape == (2, round(fraction * tokens))
+    for visible, masked in zip(masks.visible.tolist(), masks.masked.tolist()):
+        assert sorted(visible + masked) == list(range(tokens))
+
+
+def test_every_cell_is_equally_likely():
+    """Counts over 4,000 masks stay within 5 standard deviations of the binomial for each of 60 cells."""
+    masked = draw_masks(Mask(fraction=0.75), 3, np.arange(4000), 60).masked
+    counts = np.bincount(masked.numpy().reshape(-1), minlength=60)
+    assert np.abs(counts - 3000).max() < 5 * np.sqrt(4000 * 0.75 * 0.25)
+
+
+def test_masks_depend_on_seed_and_index_alone():
+    one, two = (draw_masks(Mask(), 1, np.array([5, 9]), 100), draw_masks(Mask(), 1, np.array([9]), 100))
+    assert one.masked[1].tolist() == two.masked[0].tolist()
+    assert one.masked[0].tolist() != one.masked[1].tolist()
+    assert draw_masks(Mask(), 2, np.array([9]), 100).masked[0].tolist() != two.masked[0].tolist()
+
+
+@pytest.mark.parametrize(("fraction", "tokens"), [(0.01, 10), (0.99, 10)])
+def test_masks_that_hide_nothing_or_all_are_refused(fraction, tokens):
+    with pytest.raises(InputError, match="at least one must be hidden"):
+        masked_count(fraction, tokens)

@@ -1,0 +1,173 @@
+"""Runs as a user makes them: kill -9 and continue bit for bit, other numbers of ranks, every refusal one sentence."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_brainscale, write_tiny_store
+
+from brainscale import checkpoint, metrics
+from brainscale.config import Plan
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss of every step."""
+    return {step: line["loss"] for step, line in metrics.read(run / "metrics.jsonl").items() if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_store, tiny_config, tmp_path_factory) -> Path:
+    """A finished run of one rank."""
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    return run
+
+
+def test_a_run_leaves_everything(unbroken):
+    lines = metrics.read(unbroken / "metrics.jsonl")
+    assert list(lines) == list(range(1, 25))
+    wanted = {
+        "loss", "pixel_loss", "spectral_loss", "lr", "grad_norm", "samples", "time_s", "step_s", "data_s",
+        "data_wait_fraction", "checkpoint_s", "voxels_per_s", "mfu", "mask_fraction",
+    }  # fmt: skip
+    assert all(wanted <= set(line) for line in lines.values())
+    assert "holdout_loss" in lines[12] and "holdout_loss" in lines[24]
+    assert lines[24]["samples"] == 96 and lines[24]["mask_fraction"] == pytest.approx(0.75, abs=0.05)
+    assert losses(unbroken)[24] < losses(unbroken)[1]
+    assert json.loads((unbroken / "exit.json").read_text())["code"] == 0
+    errors = json.loads((unbroken / "reconstruction.json").read_text())["errors"]
+    assert set(errors) == {"own", "swapped", "neighbours", "average"}
+    assert (unbroken / "report.html").stat().st_size > 10_000
+    assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["latest", "step-00000020", "step-00000024"]
+    assert (unbroken / "checkpoints" / "latest").read_text() == "step-00000024"
+
+
+def test_the_same_command_leaves_a_finished_run_alone(unbroken, tiny_store, tiny_config):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={unbroken}")
+    assert "already done" in done.stdout
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_store, tiny_config, tmp_path):
+    """Killed twice, each time as soon as the log has passed a checkpoint; the loss sequence is the same bit for bit."""
+    run = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "brainscale",
+        "pretrain",
+        tiny_config,
+        f"data.store={tiny_store}",
+        f"run.dir={run}",
+    ]
+    for past in (6, 13):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 120
+        while max(losses(run), default=0) < past and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it must die, not finish"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "lo')
+    done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    assert "resumed from" in done.stdout
+    assert losses(run) == losses(unbroken)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+def test_a_checkpoint_loads_on_another_number_of_ranks(first, second, unbroken, tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "resized"
+    arguments = ("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    run_brainscale(*arguments, "train.num_steps=8", "optim.final_lr_fraction=1", ranks=first)
+    run_brainscale(*arguments, "optim.final_lr_fraction=1", ranks=second)
+    other = tmp_path / "whole"
+    run_brainscale(*arguments[:-1], f"run.dir={other}", "optim.final_lr_fraction=1")
+    for step, loss in losses(other).items():
+        assert losses(run)[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_accumulation_and_stage_2_follow_the_same_path(unbroken, tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "accumulated"
+    run_brainscale(
+        "pretrain",
+        tiny_config,
+        f"data.store={tiny_store}",
+        f"run.dir={run}",
+        "train.micro_batch_volumes=2",
+        "zero.stage=2",
+    )
+    for step, loss in losses(unbroken).items():
+        assert losses(run)[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken, tiny_store, tiny_config, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "damaged")
+    file = run / "checkpoints" / "step-00000024" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert "does not have the hash" in (checkpoint.damage(file.parent) or "")
+    done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    assert "DAMAGED CHECKPOINT" in done.stdout and "at step 20" in done.stdout
+    assert losses(run) == losses(unbroken)
+
+
+def refusal(code: int, *arguments: str | Path) -> str:
+    """The one sentence of a command that must fail without a traceback."""
+    done = run_brainscale(*arguments, code=code)
+    assert "Traceback" not in done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, done.stderr
+    return sentences[0]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_config, tmp_path):
+    run = f"run.dir={tmp_path / 'refused'}"
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refusal(2, "to-zarr", tmp_path / "empty", tmp_path / "new")
+    assert "did you mean 'num_steps'" in refusal(2, "pretrain", tiny_config, "train.num_step=3")
+    assert "no store given" in refusal(2, "pretrain", tiny_config, run)
+    assert "no multiple of the patch" in refusal(
+        2, "pretrain", tiny_config, f"data.store={tiny_store}", run, "model.patch_voxels_zyx=[8,16,8]"
+    )
+
+    unfinished = shutil.copytree(tiny_store, tmp_path / "unfinished")
+    (unfinished / "COMPLETE.json").unlink()
+    assert "COMPLETE.json" in refusal(2, "pretrain", tiny_config, f"data.store={unfinished}", run)
+
+    shard = "volumes/c/1/0/0/0"
+    for name, spoil in (("missing", Path.unlink), ("short", lambda p: os.truncate(p, 0))):
+        broken = shutil.copytree(tiny_store, tmp_path / name)
+        spoil(broken / shard)
+        assert shard in refusal(2, "pretrain", tiny_config, f"data.store={broken}", run)
+
+    other = write_tiny_store(tmp_path / "other", plan=Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=4, codec="zstd"))
+    resumed = shutil.copytree(unbroken, tmp_path / "resumed")
+    again = ("train.num_steps=30", f"run.dir={resumed}")
+    assert "plan" in refusal(2, "pretrain", tiny_config, f"data.store={other}", *again)
+    text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", *again, "optim.lr=1e-3")
+    assert "optim.lr: 0.003 → 0.001" in text
+    assert json.loads((resumed / "exit.json").read_text())["code"] == 2
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "shared"
+    run.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import filelock, sys; l = filelock.FileLock({str(run / '.lock')!r}); l.acquire(); "
+         "print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    assert "written by another process" in text
+    holder.communicate("")
