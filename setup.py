@@ -34,6 +34,7 @@ setup(
         "zarr>=3.1,<4",
         "tensorstore>=0.1.70",
         "pyarrow>=17",
+        "google-crc32c>=1.5",
         "xxhash>=3.4",
         "filelock>=3.15",
         "isal>=1.7",

@@ -32,7 +32,7 @@ REFUSED_LISTED = 200
 
 
 def open_everywhere(path: str, world: World) -> Store:
-    """Open a store on every rank: rank 0 checks it first, so that a fault is one sentence and not one per rank."""
+    """Open a store on every rank; rank 0 alone checks its files and tells the others the verdict."""
     if not path:
         raise InputError("no store given; add data.store=STORE, a folder made by data_prep/to_zarr.py")
     problem = None
@@ -44,7 +44,7 @@ def open_everywhere(path: str, world: World) -> Store:
     problem = broadcast(problem, world)
     if problem:
         raise InputError(str(problem))
-    return open_store(Path(path))
+    return Store(Path(path))
 
 
 def split_rows(store: Store, config: Config) -> tuple[np.ndarray, np.ndarray]:

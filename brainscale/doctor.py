@@ -1,0 +1,35 @@
+"""Is this store whole, and what is in it: the sentences that `brainscale doctor` prints."""
+
+from collections import Counter
+from pathlib import Path
+
+from brainscale.store import Store, damage
+
+
+def check_store(path: Path, deep: bool) -> list[str]:
+    """What is wrong with a store, one sentence per problem, none for a healthy one; `deep` reads everything."""
+    return damage(path, deep)
+
+
+def describe_store(path: Path) -> str:
+    """What a healthy store holds, in a few lines: scans, refusals by reason, warnings by code, grid, spacing, size."""
+    store = Store(path)
+    plan, (z, y, x) = store.plan, store.volume_zyx
+    if plan.spacing_mm_xyz == "native":
+        spacing = "each scan's own spacing"
+    else:
+        spacing = f"{' × '.join(f'{s:g}' for s in plan.spacing_mm_xyz)} mm"
+    warnings = Counter(code for codes in store.column("warnings") for code in codes)
+    refused = Counter(scan["reason"] for scan in store.refused)
+    return "\n".join(
+        (
+            f"{path}: {len(store.rows)} scans, {store.num_bytes / 1e6:.1f} MB, plan {store.plan_hash}",
+            f"grid {x} × {y} × {z} voxels (x, y, z) at {spacing}, {plan.dtype} in {plan.codec}",
+            f"refused: {len(store.refused)}{_by_code(refused)}",
+            f"warnings: {warnings.total()}{_by_code(warnings)}",
+        )
+    )
+
+
+def _by_code(counts: Counter[str]) -> str:
+    return f" ({', '.join(f'{code} {n}' for code, n in sorted(counts.items()))})" if counts else ""

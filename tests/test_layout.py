@@ -1,0 +1,134 @@
+"""The house: import order, one door per dependency, no __init__.py in side folders, file sizes, README links."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", "slurm": "brainscale_slurm"}
+ORDER = [
+    "brainscale_kernels.patch_gather",
+    *(f"brainscale.{name}" for name in ("config", "geometry", "schedules", "distributed", "store_files", "store")),
+    *(f"brainscale_data_prep.{name}" for name in (
+        "nifti", "discover", "foreground", "preprocess", "convert", "anatomy", "phantom",
+    )),
+    *(f"brainscale.{name}" for name in (
+        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine", "checkpoint",
+        "metrics", "run_folder", "holdout", "train", "report", "doctor",
+    )),
+    "brainscale.cli",
+    "brainscale.__main__",
+    "brainscale_data_prep.to_zarr",
+]  # fmt: skip
+DOORS = {
+    "triton": {"kernels"},
+    "deepspeed": {"brainscale/engine.py", "brainscale/checkpoint.py"},
+    "zarr": {"brainscale/store.py"},
+    "tensorstore": {"brainscale/store.py"},
+    "nibabel": {"data_prep/nifti.py"},
+    "nilearn": {"data_prep/phantom.py"},
+    "submitit": {"slurm"},
+}
+
+
+def sources() -> dict[str, Path]:
+    """Import name → file of every module of the project."""
+    files = {}
+    for folder in ("brainscale", "kernels", "data_prep", "slurm"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            if path.stem != "__init__":
+                files[f"{PREFIX.get(folder, folder)}.{path.stem}"] = path
+    return files
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module imported, at top level?) of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [(name, node.col_offset == 0) for name in names]
+    return found
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(sources()) == set(ORDER)
+
+
+def test_imports_point_one_way():
+    backward = [
+        f"{module} imports {name}"
+        for module, path in sources().items()
+        for name, _ in imports(path)
+        if name in ORDER and ORDER.index(name) >= ORDER.index(module)
+    ]
+    assert not backward
+
+
+def test_only_the_commands_import_inside_functions():
+    allowed = {"brainscale.cli", "brainscale.__main__", "brainscale_data_prep.to_zarr"}
+    inner = [
+        f"{module}: {name}"
+        for module, path in sources().items()
+        for name, top in imports(path)
+        if not top and module not in allowed and name != "torch" and not name.startswith("torch.")
+    ]
+    assert not inner
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_one_door_per_dependency(package):
+    doors = DOORS[package]
+    outside = [
+        str(path.relative_to(ROOT))
+        for path in sources().values()
+        if any(name.split(".")[0] == package for name, _ in imports(path))
+        and not ({str(path.relative_to(ROOT)), path.parent.name} & doors)
+    ]
+    assert not outside
+
+
+@pytest.mark.parametrize("folder", PREFIX)
+def test_side_folders_have_no_init(folder):
+    """With one, `import kernels` hides the well-known package of that name and an editable install fails."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_conversion_workers_import_nothing_heavy():
+    heavy = ("torch", "deepspeed", "nilearn")
+    code = f"import sys, brainscale_data_prep.convert; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_trust_boundary_is_crossed():
+    """Nothing unpickles, evaluates or runs a shell line."""
+    patterns = r"weights_only=False|pickle\.load|yaml\.load\(|\beval\(|\bexec\(|shell=True|extractall\(|import pickle"
+    hits = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sources().values()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(patterns, line)
+    ]
+    assert not hits
+
+
+def test_readme_links_exist():
+    for text in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text.read_text(encoding="utf-8")):
+            assert (ROOT / link).exists(), f"{text.name} links to {link}"
+
+
+def test_readme_tree_names_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in sources().values() if path.name not in readme and path.stem != "__main__"]
+    assert not missing
