@@ -11,8 +11,17 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Synthetic brains → store → pretraining → a page. QUICK=1: fewer brains and steps.
+DEMO := runs/demo
+SUBJECTS := $(if $(QUICK),10,32)
+STEPS := $(if $(QUICK),40,300)
+
 demo: $(STAMP)
-	$(BIN)/python -m brainscale demo $(if $(QUICK),--quick)
+	test -e $(DEMO)/phantom || $(BIN)/brainscale phantom $(DEMO)/phantom --subjects $(SUBJECTS) --seed 0 --spacing-mm 2
+	$(BIN)/python data_prep/to_zarr.py $(DEMO)/phantom $(DEMO)/store --prep configs/prep/brain_2mm.toml
+	$(BIN)/brainscale doctor $(DEMO)/store --deep
+	$(BIN)/brainscale pretrain configs/mae_tiny_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO) train.num_steps=$(STEPS)
+	@echo "look at $(DEMO)/report.html"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

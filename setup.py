@@ -1,4 +1,4 @@
-"""Packaging: top-level folder X is the import package brainscale_X (none of them has an __init__.py; see CONTRIBUTING.md)."""
+"""Packaging: top-level folder X is the import package brainscale_X, without an __init__.py (see CONTRIBUTING.md)."""
 
 from pathlib import Path
 

@@ -89,7 +89,7 @@ def newest(root: Path, world: World) -> Path | None:
 
     A damaged one is named on standard output and the one before it taken. Raises InputError when all are damaged.
     """
-    choice: list[str | None] = [None, None]
+    choice: tuple[str | None, str | None] = (None, None)
     if world.is_first and root.is_dir():
         for litter in root.glob(".tmp-*"):
             shutil.rmtree(litter)
@@ -97,15 +97,15 @@ def newest(root: Path, world: World) -> Path | None:
         for path in steps:
             problem = damage(path)
             if problem is None:
-                choice = [path.name, None]
+                choice = (path.name, None)
                 break
             print(f"DAMAGED CHECKPOINT, falling back to the one before it: {problem}", flush=True)
         else:
             if steps:
-                choice = [None, f"none of the {len(steps)} checkpoints in {root} is intact; move the folder away"]
-    name, problem = broadcast(choice, world)  # type: ignore[misc]
-    if problem:
-        raise InputError(problem)
+                choice = (None, f"none of the {len(steps)} checkpoints in {root} is intact; move the folder away")
+    name, fault = broadcast(choice, world)
+    if fault:
+        raise InputError(fault)
     return root / name if name else None
 
 
@@ -138,8 +138,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
     """Collective: put a checkpoint into an engine made by `engine.start`, of any world size and ZeRO stage 1 or 2.
 
-    Every tensor and AdamW's step count are overwritten; the model's own copy of a weight is not refreshed by DeepSpeed's
-    setter, so it is written too.
+    Every tensor and AdamW's step count are overwritten; DeepSpeed's setter does not refresh the model's own copy of a
+    weight, so that is written too.
     """
     state, tensors = read_state(path), {**read_weights(path), **load_file(path / "optimizer.safetensors")}
     with torch.no_grad():

@@ -95,6 +95,7 @@ def to_zarr(
         Largest share of scans that may be refused, e.g. 5%; default: no limit, but at least one scan must be taken.
     """
     from brainscale_data_prep.convert import TooManyRefused, convert, report_line
+    from brainscale_data_prep.pool import Stopped
 
     share = None
     if max_refused is not None:
@@ -108,6 +109,9 @@ def to_zarr(
     except TooManyRefused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(75)
     print(report_line(summary))
 
 
@@ -145,13 +149,11 @@ def pretrain(
 
     world = distributed.find()
     distributed.start(world)
-    code, sentence = 0, "done"
+    code, sentence, ours = 0, "done", True
     try:
         train.run(settings, run_dir, world, allow_change)
-        if world.is_first:
-            print(f"report: {report.write(run_dir)}")
     except InputError as error:
-        code, sentence = 2, str(error)
+        code, sentence, ours = 2, str(error), not isinstance(error, run_folder.RunBusy)
     except train.TrainingStopped as error:
         code, sentence = 5, str(error)
     except BaseException as error:
@@ -160,8 +162,10 @@ def pretrain(
     if world.is_first:
         if code:
             print(f"error: {sentence}", file=sys.stderr)
-        if run_dir.is_dir():
+        if ours and run_dir.is_dir():
             run_folder.write_exit(run_dir, code, sentence)
+        if code in (0, 5):
+            print(f"report: {report.write(run_dir)}")
     distributed.leave(code)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from brainscale.config import InputError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+T = TypeVar("T")
 SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 
@@ -83,8 +84,8 @@ def start(world: World, timeout_min: float = 30.0) -> None:
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=timeout_min))
 
 
-def broadcast(value: object, world: World) -> object:
-    """Rank 0's JSON-like value on every rank."""
+def broadcast(value: T, world: World) -> T:
+    """Rank 0's value (of plain Python types) on every rank."""
     if world.size == 1:
         return value
     box = [value]

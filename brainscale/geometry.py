@@ -29,7 +29,8 @@ def token_grid(volume_zyx: Zyx, patch_zyx: Zyx) -> Zyx:
 def patchify(volume: "Tensor", patch_zyx: Zyx) -> "Tensor":
     """Cut (B,1,Z,Y,X) into tokens (B,N,P); token ids and voxels inside a patch run in z, y, x order, x fastest."""
     b = volume.shape[0]
-    (gz, gy, gx), (pz, py, px) = token_grid(tuple(volume.shape[2:]), patch_zyx), patch_zyx
+    z, y, x = volume.shape[2:]
+    (gz, gy, gx), (pz, py, px) = token_grid((z, y, x), patch_zyx), patch_zyx
     cells = volume.reshape(b, gz, pz, gy, py, gx, px).permute(0, 1, 3, 5, 2, 4, 6)
     return cells.reshape(b, gz * gy * gx, pz * py * px)
 

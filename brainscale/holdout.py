@@ -12,12 +12,14 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brainscale import run_folder
 from brainscale.config import Config
 from brainscale.geometry import Zyx, patchify
 from brainscale.loader import Batch, Reader
@@ -49,6 +51,7 @@ class Holdout:
         subjects = reader.store.column("subject")[np.searchsorted(reader.store.rows, rows)]
         turn = np.array([int(np.sum(subjects[:i] == s)) for i, s in enumerate(subjects)], dtype=np.int64)
         self.rows = rows[np.argsort(turn, kind="stable")][: config.log.holdout_volumes]
+        self.ids = reader.store.column("id")[np.searchsorted(reader.store.rows, self.rows)].astype(str)
         self.reader, self.train_rows, self.config = reader, train_rows, config
 
     def case(self, number: int, device: torch.device, mask_number: int = 0) -> Case:
@@ -80,7 +83,7 @@ class Holdout:
                 pictures.append(planes(np.stack([true, masked, np.where(np.isnan(masked), mosaic, np.nan), mosaic])))
         model.train()
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{plane}_{i}": p[plane] for i, p in enumerate(pictures) for plane in p}
+        arrays: dict[str, Any] = {f"{plane}_{i}": p[plane] for i, p in enumerate(pictures) for plane in p}
         radius = (np.arange(RADIAL_BINS) + 0.5) / RADIAL_BINS * 0.5
         temporary = folder / f"step-{step:08d}.tmp.npz"
         np.savez_compressed(
@@ -88,6 +91,7 @@ class Holdout:
             cycles_per_voxel=radius,
             power=np.mean(spectra, axis=0),
             rows=self.rows[: len(pictures)],
+            ids=self.ids[: len(pictures)],
             **arrays,
         )
         temporary.replace(folder / f"step-{step:08d}.npz")
@@ -95,7 +99,7 @@ class Holdout:
         return {"holdout_loss": loss, "holdout_pixel_loss": pixel, "holdout_spectral_loss": spectral}
 
     @torch.no_grad()
-    def reconstruction_errors(self, model: Mae, device: torch.device, path: Path) -> dict[str, float]:
+    def reconstruction_errors(self, model: Mae, device: torch.device, step: int, path: Path) -> dict[str, float]:
         """Mean squared error over masked foreground voxels, in z-score units, of four predictions; writes `path`.
 
         own: the model with the subject's visible tokens. swapped: with another held-out subject's tokens at the same
@@ -124,9 +128,10 @@ class Holdout:
             errors = {name: float(((p - target) ** 2)[inside].mean()) for name, p in predictions.items()}
             table.append({"row": int(self.rows[number]), "mask": mask_number, **errors})
         model.train()
-        names = [name for name in table[0] if name not in ("row", "mask")]
+        names = [name for name in (table[0] if table else {}) if name not in ("row", "mask")]
         means = {name: float(np.mean([line[name] for line in table])) for name in names}
-        path.write_text(json.dumps({"volumes": len(self.rows), "errors": means, "cases": table}, indent=1))
+        text = json.dumps({"step": step, "volumes": len(self.rows), "errors": means, "cases": table}, indent=1)
+        run_folder.write_text(path, text)
         return means
 
     def _foreground(self, model: Mae, case: Case) -> Tensor:

@@ -34,7 +34,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sincos_positions(coordinates: Tensor, width: int) -> Tensor:
     """Fixed position vectors (N,C) of integer coordinates (N,3): sines and cosines of geometric wavelengths."""
     per_axis = width // 6
-    frequency = 10000.0 ** (-torch.arange(per_axis, dtype=torch.float64, device=coordinates.device) / max(1, per_axis))
+    frequency = ROPE_BASE ** (
+        -torch.arange(per_axis, dtype=torch.float64, device=coordinates.device) / max(1, per_axis)
+    )
     angles = coordinates.double()[..., None] * frequency
     vectors = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2)
     return F.pad(vectors, (0, width - vectors.shape[-1])).float()
@@ -77,6 +79,9 @@ class Block(nn.Module):
 
 class Trunk(nn.Module):
     """A stack of blocks over tokens at known grid positions, with a final norm."""
+
+    coordinates: Tensor
+    fixed: Tensor
 
     def __init__(self, width: int, depth: int, heads: int, coordinates: Tensor, position: str) -> None:
         """coordinates: (N,3) z, y, x of every token id of the grid; position: "rope" or "sincos"."""

@@ -5,7 +5,7 @@ patch gather applies to the tokens it picks. Threads read ahead (tensorstore dec
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -116,7 +116,7 @@ class Loader:
             for index in range(start, start + self.micro_batch)
         ]  # fmt: skip
 
-    def batches(self, cursor: int) -> Iterator[tuple[Batch, int]]:
+    def batches(self, cursor: int) -> Generator[tuple[Batch, int], None, None]:
         """Yield (batch, cursor after it). Reads `PREFETCH_BATCHES` ahead; closing the iterator ends its threads."""
         stride = self.micro_batch * self.world_size
         with ThreadPoolExecutor(self.config.data.workers, thread_name_prefix="loader") as pool:

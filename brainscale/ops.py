@@ -1,11 +1,11 @@
 """The one door to the kernels: which implementation of an operation runs, and the call that runs it."""
 
 import torch
-from brainscale_kernels.patch_gather import patch_gather_reference
 from torch import Tensor
 
 from brainscale.config import InputError
 from brainscale.geometry import Zyx
+from brainscale_kernels.patch_gather import patch_gather_reference
 
 
 def choose(kernels: str, device: torch.device) -> str:

@@ -7,6 +7,7 @@ RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how th
 """
 
 import json
+import os
 import platform
 import subprocess
 from collections import Counter
@@ -31,11 +32,15 @@ REFUSED_LISTED = 200
 """Refused scans named in run.json; all of them stand in the store's refused.jsonl."""
 
 
+class RunBusy(InputError):
+    """Another process is writing the run folder; nothing in it may be touched."""
+
+
 def open_everywhere(path: str, world: World) -> Store:
     """Open a store on every rank; rank 0 alone checks its files and tells the others the verdict."""
     if not path:
         raise InputError("no store given; add data.store=STORE, a folder made by data_prep/to_zarr.py")
-    problem = None
+    problem: str | None = None
     if world.is_first:
         try:
             open_store(Path(path))
@@ -43,7 +48,7 @@ def open_everywhere(path: str, world: World) -> Store:
             problem = str(error)
     problem = broadcast(problem, world)
     if problem:
-        raise InputError(str(problem))
+        raise InputError(problem)
     return Store(Path(path))
 
 
@@ -63,9 +68,9 @@ def data_hash(store: Store, rows: np.ndarray) -> str:
 
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Hold the run folder. Raises InputError on every rank when another process has it."""
+    """Hold the run folder. Raises RunBusy on every rank when another process has it."""
     lock = None
-    taken = None
+    taken: str | None = None
     if world.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock", timeout=0)
@@ -75,7 +80,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
             taken = f"{run_dir} is being written by another process; wait for it, or give this run its own run.dir"
     taken = broadcast(taken, world)
     if taken:
-        raise InputError(str(taken))
+        raise RunBusy(taken)
     try:
         yield
     finally:
@@ -112,7 +117,7 @@ def describe(
     run_dir: Path, config: Config, store: Store, train_rows: np.ndarray, held_rows: np.ndarray, world: World
 ) -> None:
     """Write config.toml and run.json."""
-    (run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    write_text(run_dir / "config.toml", to_toml(config))
     about = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -128,20 +133,25 @@ def describe(
             "scans": len(store.rows),
             "training_scans": len(train_rows),
             "held_out_scans": len(held_rows),
-            "held_out_ids": store.column("id")[np.searchsorted(store.rows, held_rows)].tolist(),
             "refused": len(store.refused),
             "refused_by_reason": Counter(r["reason"] for r in store.refused),
             "refused_scans": store.refused[:REFUSED_LISTED],
         },
     }
-    (run_dir / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_text(run_dir / "run.json", json.dumps(about, indent=1))
 
 
 def write_exit(run_dir: Path, code: int, sentence: str) -> None:
     """Write exit.json: torchrun hides a rank's exit code, this file does not."""
     record = {"code": code, "sentence": sentence, "utc": datetime.now(UTC).isoformat(timespec="seconds")}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "exit.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_text(run_dir / "exit.json", json.dumps(record) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that no reader sees half of it."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

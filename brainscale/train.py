@@ -130,7 +130,7 @@ def train(
     batches.close()
     if writer is not None:
         if holdout is not None:
-            errors = holdout.reconstruction_errors(model, world.device, run_dir / "reconstruction.json")
+            errors = holdout.reconstruction_errors(model, world.device, state.step, run_dir / "reconstruction.json")
             voice.line("error on held-out masked foreground: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
         writer.close()
     voice.close()

@@ -58,7 +58,7 @@ pictures = 1
 
 
 def write_tiny_store(path: Path, scans: int = 10, plan: Plan | None = None) -> Path:
-    """A finished store of smooth random blobs on a dark background: two scans per subject, int16, made without NIfTI."""
+    """A finished store of smooth random blobs on a dark background, two scans per subject, made without NIfTI."""
     plan = plan or Plan(grid_voxels_xyz=TINY_GRID_ZYX[::-1], shard_volumes=4)
     store.create(path, plan, TINY_GRID_ZYX, scans)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in TINY_GRID_ZYX), indexing="ij")

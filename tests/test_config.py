@@ -11,7 +11,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def test_misspelt_key_names_the_right_one():
-    with pytest.raises(InputError, match="unknown key 'train.num_step'; did you mean 'num_steps'") as caught:
+    with pytest.raises(InputError, match=r"unknown key 'train\.num_step'; did you mean 'num_steps'") as caught:
         load(Config, None, ("train.num_step=3",))
     assert "global_batch_volumes" in str(caught.value), "the valid keys are listed"
     assert "\n" not in str(caught.value)

@@ -54,7 +54,9 @@ def test_voxel_and_mm_are_inverse(seed):
     ijk = rng.uniform(0, 250, (10, 3))
     np.testing.assert_allclose(mm_to_voxel(affine, voxel_to_mm(affine, ijk)), ijk, atol=1e-9)
     np.testing.assert_allclose(
-        voxel_to_mm(affine, ijk + [1, 0, 0]) - voxel_to_mm(affine, ijk), np.tile(affine[:3, 0], (10, 1)), atol=1e-9
+        voxel_to_mm(affine, ijk + np.array([1, 0, 0])) - voxel_to_mm(affine, ijk),
+        np.tile(affine[:3, 0], (10, 1)),
+        atol=1e-9,
     )
     np.testing.assert_allclose(spacing_mm(affine)[1], np.linalg.norm(affine[:3, 1]))
 

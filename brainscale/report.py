@@ -1,0 +1,176 @@
+"""The page of a run: one self-contained file for people, drawn from the run folder and nothing else.
+
+Neither torch nor the store is needed, so a page can be made wherever the folder was copied. A part of the folder that
+is not there yet is a sentence on the page; a part that cannot be read is an error. The words are in report.html.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from brainscale.config import Config, InputError, load
+from brainscale.figures import (
+    DIFFERENCE_STD,
+    ERRORS,
+    Evaluation,
+    Metrics,
+    bars,
+    chart,
+    loss_charts,
+    pictures,
+    series,
+    spectrum_charts,
+    speed_charts,
+)
+
+MAX_EVALUATIONS = 6
+
+
+def write(run_dir: Path) -> Path:
+    """Write RUN/report.html from what the run has recorded so far and return its path.
+
+    The same folder gives the same bytes. Raises InputError when the folder is no run folder or a file in it cannot be
+    read.
+    """
+    settings = run_dir / "config.toml"
+    if not settings.is_file():
+        raise InputError(f"{run_dir} is no run folder: it has no config.toml; give a folder that `pretrain` wrote")
+    config = load(Config, settings)
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    about = read_json(run_dir / "run.json")
+    store = about.get("store", {})
+    evaluations = read_evaluations(run_dir / "holdout")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("report.html").render(
+        name=run_dir.resolve().name,
+        config=config,
+        config_text=settings.read_text(encoding="utf-8"),
+        about=about,
+        plan_text=json.dumps(store.get("plan", {}), indent=1),
+        numbers=numbers(metrics),
+        ending=ending(read_json(run_dir / "exit.json"), about),
+        reconstruction=reconstruction(read_json(run_dir / "reconstruction.json")),
+        pictures=pictures(evaluations, store.get("plan", {}).get("spacing_mm_xyz", "native")),
+        difference_std=DIFFERENCE_STD,
+        duration=duration,
+        zip=zip,
+        losses=loss_charts(metrics),
+        spectra=spectrum_charts(evaluations, config),
+        speed=speed_charts(metrics),
+    )
+    temporary, final = run_dir / "report.html.tmp", run_dir / "report.html"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, final)
+    return final
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_metrics(path: Path) -> Metrics:
+    """metrics.jsonl by step: a later line of a step replaces the earlier's keys, a torn last line is left out."""
+    steps: Metrics = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            steps.setdefault(line["step"], {}).update(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} line {number} is no metrics line ({error}); remove it and ask again") from None
+    return dict(sorted(steps.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the run folder; {} where it is absent."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); remove it and ask again") from None
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """At most MAX_EVALUATIONS of RUN/holdout, first and last among them, closer together at the start."""
+    files = sorted(folder.glob("step-" + "[0-9]" * 8 + ".npz"))
+    if len(files) > MAX_EVALUATIONS:
+        places = np.geomspace(1, len(files), MAX_EVALUATIONS).round().astype(int) - 1
+        files = [files[i] for i in np.unique(places)]
+    evaluations = []
+    for path in files:
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read ({error}); remove it and ask again") from None
+        evaluations.append(Evaluation(int(path.stem.removeprefix("step-")), arrays))
+    return evaluations
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers(metrics: Metrics) -> dict[str, Any]:
+    """What the page says in figures; None or absent where nothing was measured."""
+    steps, loss = series(metrics, "loss")
+    last = loss[-max(1, len(loss) // 20) :]
+    held_steps, held = series(metrics, "holdout_loss")
+    lowest = int(np.argmin(held)) if len(held) else 0
+    medians = {}
+    for key in ("voxels_per_s", "step_s", "data_wait_fraction", "mfu"):
+        values = series(metrics, key)[1]
+        medians[key] = float(np.median(values)) if len(values) else None
+    return {
+        "steps": int(steps[-1]) if len(steps) else 0,
+        "time_s": float(max(series(metrics, "time_s")[1], default=0)),
+        "loss": float(np.mean(last)) if len(last) else None,
+        "loss_over": len(last),
+        "held_loss": float(held[-1]) if len(held) else None,
+        "held_step": int(held_steps[-1]) if len(held) else None,
+        "lowest_loss": float(held[lowest]) if len(held) else None,
+        "lowest_step": int(held_steps[lowest]) if len(held) else None,
+        **medians,
+    }
+
+
+def ending(record: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """exit.json, or {} when it is absent or older than run.json: then an earlier process wrote it."""
+    return record if record and record["utc"] >= about.get("utc", "") else {}
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two leading units."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.1f} s"
+
+
+def reconstruction(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The four errors compared: means, spread (standard deviation over volumes of a volume's mean), by how many percent
+    the model's own is lower (negative: higher), and on how many volumes it wins."""
+    if not record.get("cases"):
+        return None
+    means: dict[str, float] = {name: record["errors"][name] for name in ERRORS if name in record["errors"]}
+    rows = np.array([case["row"] for case in record["cases"]])
+    per_volume = {
+        name: np.array([np.mean([c[name] for c in record["cases"] if c["row"] == row]) for row in np.unique(rows)])
+        for name in means
+    }
+    spread = {name: float(np.std(values)) for name, values in per_volume.items()}
+    return {
+        "volumes": len(np.unique(rows)),
+        "cases": len(rows),
+        "names": ERRORS,
+        "means": means,
+        "spread": spread,
+        "lower": {name: 100 * (1 - means["own"] / mean) for name, mean in means.items()},
+        "wins": {name: int(np.sum(per_volume["own"] < values)) for name, values in per_volume.items()},
+        "chart": chart(lambda ax: bars(ax, means, spread), "errors", height=2.0),
+    }

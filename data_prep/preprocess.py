@@ -1,0 +1,264 @@
+"""From one scan to one row of the store: canonical axes, placement, resampling, quantisation. No files here.
+
+Everything that happens to a voxel is one of: moved by a permutation of axes (exact), cut or padded (counted as
+`cropped_fraction`), resampled by a separable kernel (no rotation; the affine follows), rounded to a stated quantum.
+Arrays are z,y,x in C order, the bytes of NIfTI's x-fastest order; vectors are x,y,z where the name says so.
+"""
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from scipy import ndimage
+
+from brainscale.config import Plan
+from brainscale.geometry import spacing_mm
+from brainscale_data_prep.foreground import EVERYTHING, cell_shares, clean, foreground_threshold, largest_component
+from brainscale_data_prep.nifti import Refused, Scan, axes_to_ras
+
+COARSE_MM = 2.0
+"""The foreground's bounding box is found on every n-th voxel, about this far apart."""
+SAME_SPACING = 1e-3
+"""Spacings that agree to this share are the same: voxels are then cut out and not resampled."""
+
+
+@dataclass
+class Prepared:
+    volume_zyx: np.ndarray
+    """(Z,Y,X), storage type."""
+    foreground_cells_zyx: np.ndarray
+    """uint8, share of foreground per cell, 0..255."""
+    record: dict[str, Any]
+    """The columns of scans.parquet that follow from voxels and header."""
+
+
+def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
+    """Bring a scan onto the plan's grid. Raises Refused (`constant`, `does_not_fit`)."""
+    warnings = list(scan.warnings)
+    voxels, background, stripped = clean(scan, warnings)
+    base = float(background) * scan.slope + scan.inter
+    voxels_xyz, affine = canonical(voxels, scan.affine)
+    raw = voxels_xyz.T
+    shape_xyz, spacing = np.array(voxels_xyz.shape), spacing_mm(affine)
+
+    target = spacing if plan.spacing_mm_xyz == "native" else np.array(plan.spacing_mm_xyz)
+    resampled = bool((np.abs(spacing / target - 1) > SAME_SPACING).any())
+    step = target / spacing if resampled else np.ones(3)
+
+    stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
+    coarse = _above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
+    threshold = foreground_threshold(coarse, plan, stripped, resampled)
+    component = largest_component(coarse > threshold)
+    if not component.any():
+        raise Refused("constant", "nothing in it is brighter than its background")
+    first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
+    if not resampled:
+        first = np.floor(first + 0.5)
+    cropped = 1 - _inside(component, stride, first, step, grid_xyz) / np.count_nonzero(component)
+    if cropped > plan.max_cropped_fraction:
+        raise Refused(
+            "does_not_fit",
+            f"the grid {grid_xyz} would cut off {cropped:.0%} of its foreground "
+            f"(at most {plan.max_cropped_fraction:.0%}); choose a larger grid",
+        )
+    if cropped > plan.warn_cropped_fraction:
+        warnings.append("cropped")
+
+    # `grid` holds value − background, so that what lies outside the scan is 0
+    if resampled:
+        grid = resample(raw, background, scan.slope, first, step, grid_xyz)
+    else:
+        raw = cut(raw, first, grid_xyz, background)
+        grid = _above(raw, background, scan.slope)
+    inside = grid > threshold
+    numbers = statistics(grid[inside], plan)
+    if not resampled and _stays_integer(raw, plan):
+        stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
+    elif plan.dtype == "float32":
+        exact = raw * np.float64(scan.slope) + scan.inter if not resampled else grid + np.float32(base)
+        stored, scale, offset, background_code = exact.astype(np.float32), 1.0, 0.0, float(np.float32(base))
+    else:
+        stored, scale, offset, background_code = quantise(grid, base, numbers["std"], plan, warnings)
+
+    to_grid = np.eye(4)
+    to_grid[[0, 1, 2], [0, 1, 2]], to_grid[:3, 3] = step, first
+    record = {
+        "warnings": sorted(warnings),
+        "source_xxh3_128": scan.source_xxh3_128,
+        "voxels_xxh3_128": xxhash.xxh3_128(stored.data).hexdigest(),
+        "header_base64": base64.b64encode(scan.header).decode(),
+        "affine_source": scan.affine.ravel().tolist(),
+        "affine_stored": (affine @ to_grid).ravel().tolist(),
+        "spacing_source_mm_xyz": spacing_mm(scan.affine).tolist(),
+        "shape_source_xyz": list(scan.voxels.shape),
+        "crop_voxels_xyz": first.tolist(),
+        "cropped_fraction": float(cropped),
+        "scale": scale,
+        "offset": offset,
+        "background_code": background_code,
+        "mean": numbers["mean"] + base,
+        "std": numbers["std"],
+        "clip_low": numbers["clip_low"] + base,
+        "clip_high": numbers["clip_high"] + base,
+        "foreground_threshold": threshold + base if threshold > EVERYTHING else EVERYTHING,
+        "foreground_fraction": float(inside.mean()),
+    }
+    return Prepared(stored, cell_shares(inside, plan.foreground_cell_voxels), record)
+
+
+# --------------------------------------------------------------------------------------------- axes and values
+
+
+def canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A view (x,y,z) of the voxels whose axes run right, anterior, superior as nearly as they can, and its affine."""
+    axes = axes_to_ras(affine)
+    order = np.argsort(axes[:, 0])
+    to_source = np.zeros((4, 4))
+    to_source[3, 3] = 1
+    for axis, source_axis in enumerate(order):
+        sign = axes[source_axis, 1]
+        to_source[source_axis, axis] = sign
+        to_source[source_axis, 3] = 0 if sign > 0 else voxels.shape[source_axis] - 1
+    flipped = voxels[tuple(slice(None, None, int(sign)) for sign in axes[:, 1])]
+    return flipped.transpose(order), affine @ to_source
+
+
+def _above(raw: np.ndarray, background: Any, slope: float) -> np.ndarray:
+    """float32 value − background in original units, C order; wide types are subtracted before they are rounded."""
+    above = np.empty(raw.shape, np.float32)
+    wide = raw.dtype.itemsize > 2 and raw.dtype != np.float32
+    np.subtract(raw, background, out=above, dtype=np.float64 if wide else np.float32, casting="unsafe")
+    if slope != 1:
+        above *= np.float32(slope)
+    return above
+
+
+# --------------------------------------------------------------------------------------------- placing the grid
+
+
+def place(
+    component: np.ndarray,
+    stride: np.ndarray,
+    shape_xyz: np.ndarray,
+    spacing: np.ndarray,
+    step: np.ndarray,
+    grid_xyz: tuple[int, int, int],
+    plan: Plan,
+) -> np.ndarray:
+    """Where the grid's first voxel lies, in canonical source voxels (x,y,z); its voxels are `step` of those apart."""
+    grid = np.array(grid_xyz)
+    if plan.crop == "centre":
+        return (shape_xyz - 1) / 2 - (grid - 1) / 2 * step
+    z, y, x = ndimage.find_objects(component.view(np.uint8))[0]
+    low = np.array([s.start for s in (x, y, z)]) * stride - 0.5
+    high = np.minimum(np.array([s.stop for s in (x, y, z)]) * stride, shape_xyz) - 0.5
+    first = (low + high) / 2 - (grid - 1) / 2 * step
+    if high[2] - low[2] > grid[2] * step[2]:
+        first[2] = high[2] + plan.top_margin_mm / spacing[2] - (grid[2] - 0.5) * step[2]
+    return first
+
+
+def _inside(
+    component: np.ndarray, stride: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]
+) -> int:
+    """Voxels of a coarse (z,y,x) mask that the grid covers."""
+    keep = []
+    for axis in (2, 1, 0):
+        at = np.arange(component.shape[2 - axis]) * stride[axis]
+        low, high = first[axis] - step[axis] / 2, first[axis] + (grid_xyz[axis] - 0.5) * step[axis]
+        keep.append((at >= low) & (at <= high))
+    return int(np.count_nonzero(component[np.ix_(*keep)]))
+
+
+def cut(volume: np.ndarray, first: np.ndarray, grid_xyz: tuple[int, int, int], fill: Any) -> np.ndarray:
+    """Cut and pad a (z,y,x) volume to the grid whose first voxel is `first` (x,y,z, whole numbers)."""
+    out = np.full(grid_xyz[::-1], fill, volume.dtype)
+    source, target = [], []
+    for start, size, length in zip(first[::-1].astype(int), grid_xyz[::-1], volume.shape):
+        low, high = max(start, 0), min(start + size, length)
+        source.append(slice(low, max(low, high)))
+        target.append(slice(low - start, max(low, high) - start))
+    out[tuple(target)] = volume[tuple(source)]
+    return out
+
+
+# --------------------------------------------------------------------------------------------- resampling
+
+
+def cubic_weights(first: float, step: float, num_out: int, num_in: int) -> tuple[slice, np.ndarray]:
+    """The source range that matters and float32 weights (num_out, range) of 1-D resampling.
+
+    Output i lies at source position first + i·step. Kernel: cubic convolution with a = −1/2 (Keys 1981), stretched by
+    the step when that is above 1, so that what the coarser grid cannot hold is filtered out. Each row sums to 1 with
+    the taps outside the source counted, whose value is 0.
+    """
+    width = max(1.0, step)
+    at = first + step * np.arange(num_out)
+    taps = np.arange(int(np.floor(at[0] - 2 * width)), int(np.ceil(at[-1] + 2 * width)) + 1)
+    x = np.abs(at[:, None] - taps) / width
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights /= weights.sum(axis=1, keepdims=True)
+    in_source = (taps >= 0) & (taps < num_in)
+    start = int(taps[in_source][0]) if in_source.any() else 0
+    return slice(start, start + int(in_source.sum())), weights[:, in_source].astype(np.float32)
+
+
+def resample(
+    raw: np.ndarray, background: Any, slope: float, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]
+) -> np.ndarray:
+    """float32 (Z,Y,X) value − background on the grid, from (z,y,x) voxels: cut, resampled, padded in three products."""
+    (along_x, wx), (along_y, wy), (along_z, wz) = (
+        cubic_weights(first[axis], step[axis], grid_xyz[axis], raw.shape[2 - axis]) for axis in range(3)
+    )
+    part = _above(raw[along_z, along_y, along_x], background, slope)
+    part = np.matmul(wy, part @ wx.T)
+    return (wz @ part.reshape(len(part), grid_xyz[1] * grid_xyz[0])).reshape(grid_xyz[::-1])
+
+
+# --------------------------------------------------------------------------------------------- storage
+
+
+def statistics(values: np.ndarray, plan: Plan) -> dict[str, float]:
+    """Clip bounds (percentiles), and mean and deviation after clipping, of the foreground values."""
+    if values.size == 0:
+        raise Refused("constant", "no foreground is left on the grid")
+    low, high = (float(bound) for bound in np.percentile(values, plan.clip_percentiles))
+    clipped = np.clip(values, low, high)
+    mean, std = float(clipped.mean(dtype=np.float64)), float(clipped.std(dtype=np.float64))
+    if not std > 0:
+        raise Refused("constant", "its foreground has one intensity only")
+    return {"mean": mean, "std": std, "clip_low": low, "clip_high": high}
+
+
+def _stays_integer(raw: np.ndarray, plan: Plan) -> bool:
+    if raw.dtype.kind not in "iu" or raw.dtype.itemsize > 2 or plan.dtype == "float32":
+        return False
+    return plan.dtype == "int16" or bool(raw.min() >= 0 and raw.max() <= 255)
+
+
+def keep_integers(raw: np.ndarray, background: Any, scan: Scan, plan: Plan) -> tuple[np.ndarray, float, float, float]:
+    """Stored = voxel, or voxel − 32768 where 16 unsigned bits are used: (volume, scale, offset, background code)."""
+    shift = 32768 if raw.dtype == np.uint16 and raw.max() > 32767 else 0
+    stored = (raw ^ np.uint16(shift)).view(np.int16) if shift else raw.astype(plan.dtype, copy=False)
+    return stored, scan.slope, scan.inter + shift * scan.slope, int(background) - shift
+
+
+def quantise(
+    grid: np.ndarray, base: float, std: float, plan: Plan, warnings: list[str]
+) -> tuple[np.ndarray, float, float, float]:
+    """Round value − background to quanta: (volume, scale, offset, background code)."""
+    low, high = min(float(grid.min()), 0.0), max(float(grid.max()), 0.0)
+    if plan.dtype == "uint8":
+        quantum = (high - low) / 255
+        stored = np.rint((grid - np.float32(low)) / np.float32(quantum)).astype(np.uint8)
+        return stored, quantum, base + low, round(-low / quantum)
+    quantum, needed = std / plan.quanta_per_std, max(-low, high) / 32767
+    if needed > quantum:
+        quantum = needed
+        warnings.append("quantum_widened")
+    stored = np.rint(grid / np.float32(quantum)).astype(np.int16)
+    return stored, quantum, base, 0

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Pretrain on Slurm: sbatch [--nodes N] slurm/pretrain_mae.sh [CONFIG] [key=value ...]
+# Example: sbatch --nodes 2 slurm/pretrain_mae.sh configs/mae_vit_b.toml data.store=/data/stores/brains
+# One task per GPU. Edit partition, account and the lines marked "site" for your cluster.
+#SBATCH --job-name=brainscale-mae
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+CONFIG=${1:-configs/mae_tiny_cpu.toml}
+shift || true
+# site: module load, source .venv/bin/activate, container line
+PYTHON=${PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+srun --kill-on-bad-exit=1 "$PYTHON" -m brainscale pretrain "$CONFIG" "$@"

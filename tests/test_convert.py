@@ -1,0 +1,244 @@
+"""Conversion end to end: what lands in the store, the same bytes however it was run, and every way it can stop."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import FULL, ROOT
+from filelock import FileLock
+
+from brainscale import store as stores
+from brainscale.config import InputError, Plan, load
+from brainscale_data_prep import discover, nifti
+from brainscale_data_prep.convert import Task, TooManyRefused, convert, convert_shard, report_line
+from brainscale_data_prep.preprocess import prepare
+
+PLAN = Plan(grid_voxels_xyz=(16, 20, 16), spacing_mm_xyz=(2, 2, 2), shard_volumes=2, max_cropped_fraction=1.0)
+RUN = """
+import sys
+from pathlib import Path
+from brainscale.config import Plan
+from brainscale_data_prep.convert import convert
+from brainscale_data_prep.pool import Stopped
+limit = int(sys.argv[5])
+if limit:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), Plan.model_validate_json(sys.argv[3]), int(sys.argv[4]))
+except Stopped as stopped:
+    print(stopped)
+    sys.exit(75)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Eleven small scans, some resampled and some turned, one equal to another, and one damaged file."""
+    root, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for number in range(11):
+        shape = (20 + number % 3, 22, 18)
+        distance = sum(((i - (n - 1) / 2) / (n / 2.4)) ** 2 for i, n in zip(np.indices(shape), shape))
+        voxels = np.where(distance < 1, rng.integers(100, 1000, shape), 0).astype(np.int16)
+        affine = np.diag([(-1) ** number * 2.0, 2.0, 2.0 - 0.3 * (number % 2), 1])
+        nifti.write(root / f"sub-{number:02d}_T1w.nii.gz", voxels, affine)
+    (root / "sub-11_T1w.nii.gz").write_bytes((root / "sub-03_T1w.nii.gz").read_bytes())
+    (root / "sub-12_T1w.nii.gz").write_bytes((root / "sub-04_T1w.nii.gz").read_bytes()[:-3])
+    (root / "participants.tsv").write_text("participant_id\tage\tdiary\nsub-00\t41\tx\nsub-05\t29\ty\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def unbroken(source, tmp_path_factory):
+    store = tmp_path_factory.mktemp("unbroken") / "store"
+    return store, convert(source, store, PLAN, workers=1)
+
+
+def tree(store):
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def start(source, store, workers=1, limit=0):
+    command = [sys.executable, "-c", RUN, str(source), str(store), PLAN.model_dump_json(), str(workers), str(limit)]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_shards(process, store, number):
+    """Until so many shards are recorded, or the process has ended."""
+    while process.poll() is None and len(list(store.glob("journal/shard-*.json"))) < number:
+        try:
+            process.wait(timeout=0.002)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def test_the_store_holds_what_preprocessing_made(source, unbroken):
+    store, summary = unbroken
+    opened = stores.open_store(store)
+    assert opened.rows.tolist() == list(range(12)) and [r["row"] for r in opened.refused] == [12]
+    assert opened.refused[0]["reason"] == "truncated" and opened.refused[0]["source"] == "sub-12_T1w.nii.gz"
+    volumes, cells = opened.volumes(opened.rows), opened.foreground(opened.rows)
+    for row in (0, 1, 7):
+        prepared = prepare(nifti.read(source / f"sub-{row:02d}_T1w.nii.gz"), PLAN, (16, 20, 16))
+        np.testing.assert_array_equal(volumes[row], prepared.volume_zyx)
+        np.testing.assert_array_equal(cells[row], prepared.foreground_cells_zyx)
+        assert opened.column("scale")[row] == prepared.record["scale"]
+    assert opened.column("subject")[5] == "sub-05" and opened.column("contrast")[5] == "T1w"
+    assert opened.column("participant_age")[5] == "29" and opened.column("participant_age")[6] is None
+    assert opened.column("duplicate_of")[11] == "sub-03_T1w"
+    with pytest.raises(InputError, match="diary"):
+        opened.column("participant_diary")
+    assert (summary.taken, summary.refused, summary.reasons["truncated"], summary.volumes_now) == (12, 1, 1, 13)
+    assert summary.warnings["duplicate_of"] == 1
+    text = report_line(summary)
+    assert "12 scans taken, 1 refused" in text and "1 truncated" in text and "refused.jsonl" in text
+    assert not list(store.rglob("*.partial")) and not (store / ".lock").exists()
+    assert str(source).encode() not in b"".join(tree(store).values())
+
+
+def test_two_workers_and_two_tasks_give_the_same_bytes(source, unbroken, tmp_path):
+    convert(source, tmp_path / "two", PLAN, workers=2)
+    assert tree(tmp_path / "two") == tree(unbroken[0])
+    first = convert(source, tmp_path / "tasks", PLAN, workers=1, shard=(1, 2))
+    assert not first.finished and "the last one finishes" in report_line(first)
+    with pytest.raises(InputError, match="not finished"):
+        stores.open_store(tmp_path / "tasks")
+    assert convert(source, tmp_path / "tasks", PLAN, workers=1, shard=(0, 2)).finished
+    assert tree(tmp_path / "tasks") == tree(unbroken[0])
+
+
+def test_a_killed_conversion_continues_to_the_same_bytes(source, unbroken, tmp_path):
+    store = tmp_path / "store"
+    for number_of_shards, whole_group in ((1, True), (3, False), (5, True)):
+        process = start(source, store, workers=1 if whole_group else 2)
+        wait_for_shards(process, store, number_of_shards)
+        if process.poll() is None:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+    summary = convert(source, store, PLAN, workers=1)
+    assert summary.finished and (summary.taken, summary.refused) == (12, 1)
+    assert tree(store) == tree(unbroken[0])
+    assert summary.volumes_now < 13
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(source, unbroken, tmp_path):
+    rng, store = random.Random(0), tmp_path / "store"
+    for _ in range(20 if FULL else 6):
+        process = start(source, store, workers=2)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 3.0))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    convert(source, store, PLAN, workers=2)
+    assert tree(store) == tree(unbroken[0])
+
+
+def test_ctrl_c_and_a_full_disk_stop_with_a_sentence_and_can_be_continued(source, unbroken, tmp_path):
+    store = tmp_path / "store"
+    full = start(source, store, limit=9000)
+    output, errors = full.communicate()
+    assert full.returncode == 75 and "the disk is full" in output and "continues" in output, errors
+    interrupted = start(source, store)
+    wait_for_shards(interrupted, store, 1)
+    os.killpg(interrupted.pid, signal.SIGINT)
+    output, errors = interrupted.communicate()
+    assert interrupted.returncode == 75 and "interrupted" in output, errors
+    assert not (store / ".lock").exists()
+    convert(source, store, PLAN, workers=1)
+    assert tree(store) == tree(unbroken[0])
+
+
+def test_a_finished_store_is_left_alone_and_refuses_other_plans_and_scans(source, unbroken, tmp_path):
+    store, before = unbroken[0], tree(unbroken[0])
+    again = convert(source, store, PLAN, workers=1)
+    assert again.finished and again.volumes_now == 0 and again.taken == 12
+    assert "already done" in report_line(again)
+    with pytest.raises(InputError, match="another plan"):
+        convert(source, store, PLAN.model_copy(update={"dtype": "uint8"}), workers=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in source.iterdir():
+        (other / path.name.replace("sub-07", "sub-77")).write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="made from other scans"):
+        convert(other, store, PLAN, workers=1)
+    assert tree(store) == before
+
+
+def test_a_source_that_changes_half_way_is_an_error(source, tmp_path):
+    root = tmp_path / "source"
+    root.mkdir()
+    for number in range(4):
+        (root / f"{number}.nii.gz").write_bytes((source / f"sub-0{number}_T1w.nii.gz").read_bytes())
+    convert(root, tmp_path / "store", PLAN, workers=1, shard=(0, 2))
+    (root / "0.nii.gz").rename(root / "00.nii.gz")
+    with pytest.raises(InputError, match="list of scans has changed"):
+        convert(root, tmp_path / "store", PLAN, workers=1)
+
+
+def test_a_second_writer_is_refused(source, tmp_path):
+    (tmp_path / "store").mkdir()
+    with FileLock(tmp_path / "store" / ".lock"), pytest.raises(InputError, match="another process"):
+        convert(source, tmp_path / "store", PLAN, workers=1)
+
+
+def test_the_refusal_budget_holds(source, unbroken, tmp_path):
+    store = tmp_path / "store"
+    with pytest.raises(TooManyRefused, match=r"1 of 13 scans are refused \(1 truncated\), more than the 5.0%"):
+        convert(source, store, PLAN, workers=1, max_refused=0.05)
+    assert not (store / "COMPLETE.json").exists()
+    assert convert(source, store, PLAN, workers=1, max_refused=0.10).volumes_now < 13
+    assert tree(store) == tree(unbroken[0])
+
+
+def test_a_source_without_one_good_scan_makes_no_store(source, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.nii.gz").write_bytes((source / "sub-12_T1w.nii.gz").read_bytes())
+    with pytest.raises(TooManyRefused, match="all 1 scans are refused"):
+        convert(tmp_path / "source", tmp_path / "store", PLAN, workers=1)
+    assert not (tmp_path / "store" / "COMPLETE.json").exists()
+    (tmp_path / "source" / "a.nii.gz").write_bytes(b"no header")
+    with pytest.raises(TooManyRefused, match="header that can be read"):
+        convert(tmp_path / "source", tmp_path / "other", load(Plan, ROOT / "configs/prep/identity.toml"), workers=1)
+
+
+def test_any_failure_of_one_scan_is_its_refusal(source, tmp_path):
+    scans = discover.find(source).scans[:2]
+    stores.create(tmp_path / "store", PLAN, (16, 20, 16), 2)
+    broken = replace(scans[0], path=None)
+    records, _ = convert_shard(Task(tmp_path / "store", 0, PLAN, (16, 20, 16), range(2), [broken, scans[1]]))
+    assert [(r["status"], r["reason"]) for r in records] == [("refused", "unreadable"), ("ok", "")]
+    assert "AttributeError" in records[0]["sentence"]
+
+
+def test_not_enough_room_is_said_before_anything_is_written(source, tmp_path):
+    plan = Plan(grid_voxels_xyz=(40000, 40000, 40000))
+    with pytest.raises(InputError, match="GB free"):
+        convert(source, tmp_path / "store", plan, workers=1)
+
+
+def test_the_command_converts_with_the_identity_plan(source, tmp_path):
+    command = [sys.executable, str(ROOT / "data_prep/to_zarr.py"), str(source), str(tmp_path / "store")]
+    options = ["--prep", str(ROOT / "configs/prep/identity.toml"), "--workers", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "12 scans taken, 1 refused" in done.stdout
+    opened = stores.open_store(tmp_path / "store")
+    assert opened.volume_zyx == (20, 24, 24)
+    scan = nifti.read(source / "sub-02_T1w.nii.gz")
+    x, y, z = (-int(first) for first in opened.column("crop_voxels_xyz")[2])
+    volume = opened.volumes([2])[0]
+    np.testing.assert_array_equal(volume[z : z + 18, y : y + 22, x : x + 22], scan.voxels.T)
+
+
+def test_the_command_without_an_install_says_how_to_install():
+    command = [sys.executable, "-I", "-S", str(ROOT / "data_prep/to_zarr.py"), "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install -e ." in done.stderr and "Traceback" not in done.stderr
