@@ -46,6 +46,10 @@ def find() -> World:
     env = os.environ
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         _require(TORCHRUN, "torchrun")
+        if env["MASTER_PORT"] == "0":
+            raise InputError(
+                "MASTER_PORT is 0, so the ranks would wait for each other; give torchrun --standalone or a port"
+            )
         launcher = "torchrun"
     elif "SLURM_STEP_NUM_TASKS" in env:
         _require(SLURM_STEP, "srun")

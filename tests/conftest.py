@@ -112,7 +112,7 @@ def run_brainscale(
     *arguments: str | Path, ranks: int = 1, code: int | None = 0, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would, with `ranks` processes under torchrun if more than one; checks the exit code."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--no-python"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "--no-python"]
     command = [sys.executable, "-m", "brainscale", *map(str, arguments)]
     if ranks > 1:
         command = [sys.executable, *torchrun, *command]
