@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read when numpy and torch are imported
+
 import numpy as np
 import pytest
 

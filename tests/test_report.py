@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib.image import imread
 
-from brainscale import report
+from brainscale import figures, report
 from brainscale.config import Config, InputError, to_toml
 
 STEPS, EVALUATED = 60, (20, 40, 60)
@@ -197,7 +197,7 @@ def test_same_folder_same_bytes(run_dir, page):
 
 def test_masked_voxels_have_a_tone_of_their_own(page):
     masked, predicted, mosaic = (picture(page, f"axial, {name}") for name in ("masked", "predicted", "mosaic"))
-    tone = report.GREY.get_bad()[:3]
+    tone = figures.GREY.get_bad()[:3]
     hidden = np.broadcast_to(np.arange(16) // 4 % 2 == 1, (24, 16))
     for pixels, without in ((masked, hidden), (predicted, ~hidden)):
         assert np.allclose(pixels[without], tone, atol=1 / 255)
@@ -247,9 +247,9 @@ def test_a_torn_line_is_left_out_and_a_later_line_replaces_keys(tmp_path):
     file.write_text(f'{{"step": 2, "loss": 3.0, "lr": 0.1}}\n{{"step": 1, "loss": 4.0}}\n{later}\n{{"step": 3, "lo')
     metrics = report.read_metrics(file)
     assert metrics == {1: {"step": 1, "loss": 4.0}, 2: {"step": 2, "loss": 2.0, "lr": 0.1, "mfu": None}}
-    steps, loss = report.series(metrics, "loss")
+    steps, loss = figures.series(metrics, "loss")
     assert steps.tolist() == [1, 2] and loss.tolist() == [4, 2]
-    assert len(report.series(metrics, "mfu")[0]) == 0
+    assert len(figures.series(metrics, "mfu")[0]) == 0
 
 
 def test_what_cannot_be_read_is_one_sentence(run_dir, tmp_path):
@@ -279,9 +279,9 @@ def test_evaluations_shown_are_few_and_hold_first_and_last(tmp_path):
 def test_thin_curves_are_short_and_keep_every_extreme(y):
     x = np.arange(len(y), dtype=float)
     for envelope in (True, False):
-        thin_x, thin_y = report.thin(x, y, envelope)
-        assert len(thin_x) == len(thin_y) <= report.MAX_POINTS and (np.diff(thin_x) >= 0).all()
-    highest_lowest = report.thin(x, y, True)[1]
+        thin_x, thin_y = figures.thin(x, y, envelope)
+        assert len(thin_x) == len(thin_y) <= figures.MAX_POINTS and (np.diff(thin_x) >= 0).all()
+    highest_lowest = figures.thin(x, y, True)[1]
     assert highest_lowest.max() == y.max() and highest_lowest.min() == y.min()
 
 
@@ -289,7 +289,7 @@ def test_thin_curves_are_short_and_keep_every_extreme(y):
 def test_smoothing_is_the_mean_of_the_neighbours(y):
     half = len(y) // 50
     expected = [y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))]
-    assert np.allclose(report.smooth(y), expected, atol=1e-8)
+    assert np.allclose(figures.smooth(y), expected, atol=1e-8)
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(quick_run_dir):
