@@ -17,8 +17,9 @@ SUBJECTS := $(if $(QUICK),10,32)
 STEPS := $(if $(QUICK),40,300)
 
 demo: $(STAMP)
-	test -e $(DEMO)/phantom || $(BIN)/brainscale phantom $(DEMO)/phantom --subjects $(SUBJECTS) --seed 0 --spacing-mm 2
-	$(BIN)/python data_prep/to_zarr.py $(DEMO)/phantom $(DEMO)/store --prep configs/prep/brain_2mm.toml
+	test -e $(DEMO)/phantom-$(SUBJECTS)/dataset_description.json || { rm -rf $(DEMO) && \
+	  $(BIN)/brainscale phantom $(DEMO)/phantom-$(SUBJECTS) --subjects $(SUBJECTS) --seed 0 --spacing-mm 2; }
+	$(BIN)/python data_prep/to_zarr.py $(DEMO)/phantom-$(SUBJECTS) $(DEMO)/store --prep configs/prep/brain_2mm.toml
 	$(BIN)/brainscale doctor $(DEMO)/store --deep
 	$(BIN)/brainscale pretrain configs/mae_tiny_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO) train.num_steps=$(STEPS)
 	@echo "look at $(DEMO)/report.html"
