@@ -9,21 +9,19 @@ Bound to DeepSpeed 0.19.8. What it forces on us:
 - on a CPU it would compile a shared-memory operator for a minute at start; gloo does that work here.
 """
 
-import os
+import warnings
 from typing import Any
-
-import torch
-from torch import nn
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read when it is imported
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 import deepspeed.ops
+import torch
+from torch import nn
 
 from brainscale.config import Config, InputError
 from brainscale.distributed import World
 from brainscale.optim import make_optimizer
+
+warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
 
 BUCKET_ELEMENTS = 50_000_000
 """DeepSpeed's default of 5e8 elements costs 2 GB; the encoders here have 2e7 to 6e8 parameters."""
