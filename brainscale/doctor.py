@@ -3,11 +3,18 @@
 from collections import Counter
 from pathlib import Path
 
+from brainscale.config import InputError
 from brainscale.store import Store, damage
+from brainscale.store_files import COMPLETE, PLAN
 
 
 def check_store(path: Path, deep: bool) -> list[str]:
-    """What is wrong with a store, one sentence per problem, none for a healthy one; `deep` reads everything."""
+    """What is wrong with a store, one sentence per problem, none for a healthy one; `deep` reads everything.
+
+    Raises InputError when the path holds no store, finished or not.
+    """
+    if not path.is_dir() or not any((path / name).exists() for name in (COMPLETE, PLAN)):
+        raise InputError(f"{path} holds no store; give a folder made by data_prep/to_zarr.py")
     return damage(path, deep)
 
 
@@ -19,7 +26,7 @@ def describe_store(path: Path) -> str:
         spacing = "each scan's own spacing"
     else:
         spacing = f"{' × '.join(f'{s:g}' for s in plan.spacing_mm_xyz)} mm"
-    warnings = Counter(code for codes in store.column("warnings") for code in codes)
+    warnings = Counter(code.partition(":")[0] for codes in store.column("warnings") for code in codes)
     refused = Counter(scan["reason"] for scan in store.refused)
     return "\n".join(
         (

@@ -8,13 +8,10 @@ RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how th
 
 import json
 import os
-import platform
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import filelock
@@ -22,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
+from brainscale import provenance
 from brainscale.checkpoint import TrainState
 from brainscale.config import MAY_CHANGE_ON_RESUME, Config, InputError, changed_keys, to_toml
 from brainscale.distributed import World, broadcast
@@ -120,9 +118,9 @@ def describe(
     write_text(run_dir / "config.toml", to_toml(config))
     about = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "device": device_name(world)},
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "machine": {"cpu": provenance.cpu_name(), "device": device_name(world)},
         "world_size": world.size,
         "launcher": world.launcher,
         "store": {
@@ -154,20 +152,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    return {name: version(name) for name in ("brainscale-mri", "torch", "deepspeed", "numpy", "zarr", "tensorstore")}
-
-
 def device_name(world: World) -> str:
     """The GPU's name, or "cpu" with the number of threads."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def commit() -> str:
-    """Commit of the checkout this package is imported from; "" outside one."""
-    folder = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""

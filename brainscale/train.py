@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainscale import checkpoint, metrics, run_folder
+from brainscale import checkpoint, metrics, provenance, run_folder
 from brainscale import engine as deep
 from brainscale.checkpoint import TrainState
 from brainscale.config import Config
@@ -42,7 +42,7 @@ def run(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ..
     micro, accumulation = deep.batch_split(config, world.size)
     state = TrainState(
         step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
-        data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx, versions=run_folder.versions(),
+        data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx, versions=provenance.versions(),
     )  # fmt: skip
     with run_folder.locked(run_dir, world):
         found = checkpoint.newest(run_dir / "checkpoints", world)

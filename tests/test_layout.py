@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", "slurm": "brainscale_slurm"}
 ORDER = [
     "brainscale_kernels.patch_gather",
-    *(f"brainscale.{name}" for name in ("config", "geometry", "schedules", "distributed", "store_files", "store")),
+    *(f"brainscale.{name}" for name in (
+        "config", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
+    )),
     *(f"brainscale_data_prep.{name}" for name in (
         "nifti", "discover", "foreground", "preprocess", "pool", "convert", "anatomy", "phantom",
     )),

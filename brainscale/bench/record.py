@@ -6,18 +6,16 @@ Variants run in turn, A B C A B C …, so that a drift of the machine's speed me
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brainscale.run_folder import commit
+from brainscale import provenance
 
 
 def measure(
@@ -54,16 +52,10 @@ def skipped(bench: str, case: str, variant: str, reason: str) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """Machine, versions, commit and time of a measurement."""
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "machine": {
-            "cpu": model[0].partition(":")[2].strip() if model else platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": None,
-            "driver": None,
-        },
-        "versions": {name: version(name) for name in ("zarr", "tensorstore", "numpy", "nibabel")},
-        "commit": commit(),
+        "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), "gpu": None, "driver": None},
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
