@@ -14,7 +14,7 @@ ranks have finished, so its format is not used.
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a run is besides tensors. step: finished optimizer steps; cursor: global index of the next sample;
+    """Everything a run is besides tensors. step: finished steps; updates: AdamW's own count, lower where DeepSpeed left
+    out a step with a gradient that is not finite; cursor: global index of the next sample;
     time_s: seconds spent training so far; config, versions: as dumped; plan_hash, data_hash: of the store's plan and of
     the training rows; volume_zyx: voxels of what the model sees."""
 
     step: int
+    updates: int
     cursor: int
     time_s: float
     config: dict[str, Any]
@@ -55,14 +57,16 @@ class TrainState:
 def save(engine: deepspeed.DeepSpeedEngine, state: TrainState, root: Path, world: World) -> None:
     """Collective: every rank takes part in gathering, rank 0 writes. root: RUN/checkpoints.
 
-    Raises RuntimeError when a tensor is not finite; then nothing is written.
+    Raises FloatingPointError when a tensor is not finite; then nothing is written.
     """
     weights, moments = _gather(engine, world)
     if not world.is_first:
         return
     broken = [name for name, tensor in {**weights, **moments}.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise RuntimeError(f"step {state.step}: {len(broken)} tensors are not finite ({broken[0]}, …); not saved")
+        raise FloatingPointError(f"step {state.step}: {len(broken)} tensors are not finite ({broken[0]}, …); not saved")
+    updates = next(iter(torch_optimizer(engine).state.values()))["step"]
+    state = replace(state, updates=int(updates))
     final = root / f"step-{state.step:08d}"
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir(parents=True)
@@ -149,7 +153,7 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, tensors[f"{name}.{moment}"], moment)
         for slot in torch_optimizer(engine).state.values():
-            slot["step"].fill_(state.step)
+            slot["step"].fill_(state.updates)
     return state
 
 

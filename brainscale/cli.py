@@ -16,6 +16,9 @@ from brainscale.config import Config, InputError, Plan, load, to_toml
 EXIT_CODES = """Exit codes: 0 done, or already done. 1 internal error. 2 bad input or settings. 3 more scans refused
 than allowed. 4 a check found damage. 5 training stopped itself. 75 stopped early and resumable."""
 
+PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+"""What the system says of a path that cannot be used; it came from the command line or the settings."""
+
 app = App(
     name="brainscale",
     version=__version__,
@@ -24,12 +27,22 @@ app = App(
 The way through: `to-zarr` (NIfTI → store), `pretrain` (store → checkpoints), `report` (a page to look at).
 `phantom` makes synthetic brains, so that all of it runs without data; `doctor` checks a store.
 
+Example: brainscale phantom data/phantom && brainscale to-zarr data/phantom stores/phantom
+
+Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phantom run.dir=runs/a
+
 {EXIT_CODES}""",
     help_format="markdown",
     default_parameter=Parameter(negative=()),
 )
 
-bench = App(name="bench", help="Measurements against what you would pick instead; JSON lines with machine and commit.")
+bench = App(
+    name="bench",
+    help="""Measurements against what you would pick instead; JSON lines with machine and commit.
+
+Example: brainscale bench read stores/brains --source data/bids --json results.jsonl""",
+    help_format="markdown",
+)
 app.command(bench)
 
 
@@ -149,26 +162,32 @@ def pretrain(
         return
     run_dir = Path(settings.run.dir or f"runs/{config.stem}")
     from brainscale import distributed, report, run_folder, train
+    from brainscale.store import StoreDamage
 
     world = distributed.find()
     distributed.start(world)
-    code, sentence, ours = 0, "done", True
+    code, sentence, ours, alone = 0, "done", True, False
     try:
         train.run(settings, run_dir, world, allow_change)
     except InputError as error:
-        code, sentence, ours = 2, str(error), not isinstance(error, run_folder.RunBusy)
-    except train.TrainingStopped as error:
+        code, sentence = 2, str(error)
+        ours, alone = not isinstance(error, run_folder.RunBusy), isinstance(error, StoreDamage)
+    except PATH_ERRORS as error:
+        code, sentence, alone = 2, path_sentence(error), True
+    except (train.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
+    except KeyboardInterrupt:
+        code, sentence = 75, "stopped by Ctrl-C; the same command continues from the newest checkpoint"
     except BaseException as error:
         traceback.print_exc()
-        code, sentence = 1, f"{type(error).__name__}: {error}"
-    if world.is_first:
-        if code:
-            print(f"error: {sentence}", file=sys.stderr)
-        if ours and run_dir.is_dir():
-            run_folder.write_exit(run_dir, code, sentence)
-        if code in (0, 5):
-            print(f"report: {report.write(run_dir)}")
+        code, sentence, alone = 1, f"{type(error).__name__}: {error}", True
+    if code and (world.is_first or alone):
+        rank = f" (rank {world.rank})" if world.size > 1 and alone else ""
+        print(f"error{rank}: {sentence}", file=sys.stderr)
+    if ours and run_dir.is_dir() and (world.is_first or alone):
+        run_folder.write_exit(run_dir, code, sentence, world)
+    if world.is_first and code in (0, 5):
+        print(f"report: {report.write(run_dir)}")
     distributed.leave(code)
 
 
@@ -233,14 +252,17 @@ def dry_run_text(config: Config) -> str:
     import torch
 
     from brainscale.geometry import token_grid
+    from brainscale.loader import Reader
     from brainscale.mae import Mae, mae_flops
     from brainscale.masking import masked_count
     from brainscale.store import open_store
 
-    if config.data.crop_voxels_zyx is not None:
+    if config.data.store:
+        store = open_store(Path(config.data.store))
+        volume = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx).volume_zyx
+        origin = config.data.store
+    elif config.data.crop_voxels_zyx is not None:
         volume, origin = config.data.crop_voxels_zyx, "data.crop_voxels_zyx"
-    elif config.data.store:
-        volume, origin = open_store(Path(config.data.store)).volume_zyx, config.data.store
     else:
         volume, origin = (
             (160, 192, 160),
@@ -267,10 +289,17 @@ def dry_run_text(config: Config) -> str:
     )
 
 
+def path_sentence(error: OSError) -> str:
+    """What is wrong with a path that the user gave."""
+    return f"{error.filename} cannot be used ({error.strerror}); give another path, or allow access to it"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; returns by raising SystemExit with one of the documented codes."""
     try:
         app(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, *PATH_ERRORS) as error:
+        if os.environ.get("RANK", "0") == "0":
+            sentence = path_sentence(error) if isinstance(error, OSError) else error
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

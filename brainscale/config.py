@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 
 class InputError(ValueError):
@@ -106,7 +106,7 @@ class Data(Model):
     """Which loader feeds the run."""
     workers: int = Field(default=2, ge=1)
     """Threads that read and decode ahead of the step."""
-    crop_voxels_zyx: tuple[int, int, int] | None = None
+    crop_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Size of a random crop; none: whole volumes."""
     flip_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of samples mirrored left-right. 0 by default: brains are not symmetric."""
@@ -120,7 +120,7 @@ class ModelSettings(Model):
     width: int = Field(default=768, gt=0)
     depth: int = Field(default=12, gt=0)
     heads: int = Field(default=12, gt=0)
-    patch_voxels_zyx: tuple[int, int, int] = (16, 16, 16)
+    patch_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] = (16, 16, 16)
     position: Literal["rope", "sincos"] = "rope"
     """Rotary positions in every attention, or fixed sine-cosine vectors added once."""
 
@@ -259,9 +259,10 @@ class Config(Model):
 
 
 MAY_CHANGE_ON_RESUME = (
-    "train.num_steps", "log", "checkpoint", "data.loader", "data.workers", "zero", "kernels", "run",
+    "train.num_steps", "log", "checkpoint", "data.store", "data.loader", "data.workers", "zero", "kernels", "run",
 )  # fmt: skip
-"""Keys (or groups) that a resumed run may set to another value without `--allow-change`."""
+"""Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
+compared are the hashes of its plan and scans."""
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -11,10 +11,12 @@ from brainscale.store_files import COMPLETE, PLAN
 def check_store(path: Path, deep: bool) -> list[str]:
     """What is wrong with a store, one sentence per problem, none for a healthy one; `deep` reads everything.
 
-    Raises InputError when the path holds no store, finished or not.
+    Raises InputError when the path holds no finished store.
     """
     if not path.is_dir() or not any((path / name).exists() for name in (COMPLETE, PLAN)):
         raise InputError(f"{path} holds no store; give a folder made by data_prep/to_zarr.py")
+    if not (path / COMPLETE).exists():
+        raise InputError(f"{path} is not finished (it has no {COMPLETE}); run to_zarr.py again with the same arguments")
     return damage(path, deep)
 
 

@@ -10,6 +10,7 @@ visible tokens (a model that does not look at the subject loses nothing by that)
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from brainscale.geometry import Zyx, patchify
 from brainscale.loader import Batch, Reader
 from brainscale.mae import Mae, assemble, patch_statistics
 from brainscale.masking import Masks, draw_masks
+from brainscale.metrics import PARTS
+from brainscale.provenance import write_text
+from brainscale.regularizers import full_weight
 from brainscale.sampling import Draw
 
 FIRST_INDEX = 2**62
@@ -48,10 +52,16 @@ class Holdout:
 
     def __init__(self, reader: Reader, rows: np.ndarray, train_rows: np.ndarray, config: Config) -> None:
         """rows: all held-out rows, of which the first `log.holdout_volumes`, one subject after another, are used."""
-        subjects = reader.store.column("subject")[np.searchsorted(reader.store.rows, rows)]
-        turn = np.array([int(np.sum(subjects[:i] == s)) for i, s in enumerate(subjects)], dtype=np.int64)
-        self.rows = rows[np.argsort(turn, kind="stable")][: config.log.holdout_volumes]
-        self.ids = reader.store.column("id")[np.searchsorted(reader.store.rows, self.rows)].astype(str)
+        subjects = run_folder.subjects_of(reader.store)[np.searchsorted(reader.store.rows, rows)]
+        seen: Counter[str] = Counter()
+        turn = []
+        for subject in subjects:
+            turn.append(seen[subject])
+            seen[subject] += 1
+        chosen = np.argsort(turn, kind="stable")[: config.log.holdout_volumes]
+        self.rows, self.subjects = rows[chosen], subjects[chosen]
+        at = np.searchsorted(reader.store.rows, self.rows)
+        self.ids, self.contrasts = reader.store.column("id")[at].astype(str), reader.store.column("contrast")[at]
         self.reader, self.train_rows, self.config = reader, train_rows, config
 
     def case(self, number: int, device: torch.device, mask_number: int = 0) -> Case:
@@ -62,6 +72,13 @@ class Holdout:
         masks = draw_masks(self.config.mask, self.config.seed, batch.sample_index, tokens)
         return Case(batch.to(device), masks.to(device))
 
+    def other_subject(self, number: int) -> int | None:
+        """The next held-out volume of another subject, of the same contrast if possible."""
+        others = [(number + k) % len(self.rows) for k in range(1, len(self.rows))]
+        others = [i for i in others if self.subjects[i] != self.subjects[number]]
+        alike = [i for i in others if self.contrasts[i] == self.contrasts[number]]
+        return next(iter(alike or others), None)
+
     def _centre(self) -> Zyx:
         cell = self.reader.cell
         z, y, x = ((v - c) // 2 // cell * cell for v, c in zip(self.reader.store.volume_zyx, self.reader.volume_zyx))
@@ -71,7 +88,7 @@ class Holdout:
     def evaluate(self, model: Mae, device: torch.device, step: int, folder: Path) -> dict[str, float]:
         """Mean losses over the held-out volumes, for the metrics line; writes spectra and pictures under `folder`."""
         model.eval()
-        weight = self.config.spectral.weight
+        weight = full_weight(self.config.spectral)
         losses, spectra, pictures = [], [], []
         for number in range(len(self.rows)):
             case = self.case(number, device)
@@ -95,16 +112,16 @@ class Holdout:
             **arrays,
         )
         temporary.replace(folder / f"step-{step:08d}.npz")
-        loss, pixel, spectral = np.mean(losses, axis=0)
-        return {"holdout_loss": loss, "holdout_pixel_loss": pixel, "holdout_spectral_loss": spectral}
+        means = np.mean(losses, axis=0).tolist()
+        return {f"holdout_{part}": value for part, value in zip(PARTS, means) if not np.isnan(value)}
 
     @torch.no_grad()
     def reconstruction_errors(self, model: Mae, device: torch.device, step: int, path: Path) -> dict[str, float]:
         """Mean squared error over masked foreground voxels, in z-score units, of four predictions; writes `path`.
 
         own: the model with the subject's visible tokens. swapped: with another held-out subject's tokens at the same
-        places (needs two volumes). neighbours: mean of the visible ones among the 26 neighbouring patches. average: the
-        average training brain.
+        places (of the same contrast where there is one; left out when one subject is held out). neighbours: mean of the
+        visible ones among the 26 neighbouring patches. average: the average training brain.
         """
         model.eval()
         average = patchify(self._average_brain().to(device), self.reader.patch_zyx)[0]
@@ -121,8 +138,8 @@ class Holdout:
                 "neighbours": neighbour_mean(visible.float(), case.masks, self.reader.grid_zyx),
                 "average": average[case.masks.masked[0]][None],
             }
-            if len(self.rows) > 1:
-                other = self.case((number + 1) % len(self.rows), device)
+            if (partner := self.other_subject(number)) is not None:
+                other = self.case(partner, device)
                 tokens = model.gather(other.batch, case.masks.visible)
                 predictions["swapped"] = model_prediction(model, tokens, case.masks, target)
             errors = {name: float(((p - target) ** 2)[inside].mean()) for name, p in predictions.items()}
@@ -131,16 +148,16 @@ class Holdout:
         names = [name for name in (table[0] if table else {}) if name not in ("row", "mask")]
         means = {name: float(np.mean([line[name] for line in table])) for name in names}
         text = json.dumps({"step": step, "volumes": len(self.rows), "errors": means, "cases": table}, indent=1)
-        run_folder.write_text(path, text)
+        write_text(path, text)
         return means
 
     def _foreground(self, model: Mae, case: Case) -> Tensor:
         """(1,Km,P) bool: masked voxels above the scan's foreground threshold."""
         store, row = self.reader.store, int(case.batch.row[0])
         at = self.reader.position[row]
-        code = (store.column("foreground_threshold")[at] - store.column("offset")[at]) / store.column("scale")[at]
-        patches = patchify(case.batch.volumes.float(), self.reader.patch_zyx)[0]
-        return patches[case.masks.masked[0]][None] > float(code)
+        scale, offset, threshold = (store.column(name)[at] for name in ("scale", "offset", "foreground_threshold"))
+        values = patchify(case.batch.volumes, self.reader.patch_zyx)[0].double() * scale + offset
+        return (values > threshold)[case.masks.masked[0]][None]
 
     def _average_brain(self) -> Tensor:
         """(1,1,Z,Y,X) mean of clipped, z-scored training volumes."""

@@ -4,6 +4,7 @@ Voxels stay in storage type; a batch carries the four numbers per sample that tu
 patch gather applies to the tokens it picks. Threads read ahead (tensorstore decodes without the GIL).
 """
 
+import itertools
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,8 +73,16 @@ class Reader:
 
     def batch(self, draws: list[Draw]) -> Batch:
         """Read and collate. Raises StoreDamage, naming the file, when a volume cannot be read."""
-        volumes = np.stack([self._volume(d) for d in draws])[:, None]
-        foreground = np.stack([self._foreground(d) for d in draws])
+        return self.collate(draws, [self.sample(d) for d in draws])
+
+    def sample(self, d: Draw) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels (Z,Y,X) and foreground shares (N,) of one draw."""
+        return self._volume(d), self._foreground(d)
+
+    def collate(self, draws: list[Draw], samples: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Samples, read before, as a batch."""
+        volumes = np.stack([volume for volume, _ in samples])[:, None]
+        foreground = np.stack([shares for _, shares in samples])
         at = [self.position[d.row] for d in draws]
         scale, offset, low, high = (torch.from_numpy(column[at]) for column in self.affine)
         return Batch(
@@ -120,16 +129,19 @@ class Loader:
         """Yield (batch, cursor after it). Reads `PREFETCH_BATCHES` ahead; closing the iterator ends its threads."""
         stride = self.micro_batch * self.world_size
         with ThreadPoolExecutor(self.config.data.workers, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[Batch]] = deque()
+            ahead: deque[tuple[list[Draw], list[Future[tuple[np.ndarray, np.ndarray]]]]] = deque()
             try:
                 while True:
                     while len(ahead) < PREFETCH_BATCHES:
-                        ahead.append(pool.submit(self.reader.batch, self.draws(cursor + len(ahead) * stride)))
-                    batch = ahead.popleft().result()
+                        draws = self.draws(cursor + len(ahead) * stride)
+                        ahead.append((draws, [pool.submit(self.reader.sample, d) for d in draws]))
+                    draws, futures = ahead[0]
+                    batch = self.reader.collate(draws, [future.result() for future in futures])
+                    ahead.popleft()
                     cursor += stride
                     yield batch, cursor
             finally:
-                for future in ahead:
+                for future in itertools.chain.from_iterable(futures for _, futures in ahead):
                     future.cancel()
 
 

@@ -25,7 +25,8 @@ NORMALISE_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Output:
-    """What an objective returns. loss: what is differentiated; the others are its parts, detached, each ()."""
+    """What an objective returns, each (). loss: what is differentiated; the others: its parts, detached; spectral_loss
+    is NaN where it was not computed."""
 
     loss: Tensor
     pixel_loss: Tensor
@@ -62,7 +63,7 @@ class Mae(nn.Module):
         difference = F.mse_loss if self.config.mae.pixel_loss == "mse" else F.l1_loss
         pixel = difference(compared, wanted)
         if spectral_weight == 0:
-            return Output(pixel, pixel.detach(), torch.zeros_like(pixel))
+            return Output(pixel, pixel.detach(), torch.full_like(pixel, torch.nan))
         spectral = self.spectral(batch, masks, prediction, target)
         return Output(pixel + spectral_weight * spectral, pixel.detach(), spectral.detach())
 

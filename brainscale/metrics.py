@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from brainscale.distributed import World
 from brainscale.geometry import Zyx
 from brainscale.mae import Output
+from brainscale.provenance import write_text
 
 PARTS = ("loss", "pixel_loss", "spectral_loss")
 PEAK_BF16_FLOPS = {"NVIDIA H200": 788e12}
@@ -34,29 +35,39 @@ class Meter:
         self._zero()
 
     def _zero(self) -> None:
-        self.sums = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.world.device)
+        self.sums, self.counts = torch.zeros(2, len(PARTS), dtype=torch.float64, device=self.world.device)
 
     def add(self, out: Output) -> None:
         """Count one micro-batch."""
-        self.sums[:-1] += torch.stack([getattr(out, part).detach() for part in PARTS])
-        self.sums[-1] += 1
+        values = torch.stack([getattr(out, part).detach() for part in PARTS]).double()
+        skipped = torch.isnan(values)
+        skipped[:-1] = False  # only the spectral part may be left out of a step; another NaN is a fault and must show
+        self.sums += values.masked_fill(skipped, 0.0)
+        self.counts += ~skipped
 
-    def read(self) -> dict[str, float]:
-        """Means over micro-batches and ranks since the last read. Collective."""
+    def read(self) -> dict[str, float | None]:
+        """Means over micro-batches and ranks since the last read; None for a part never computed. Collective."""
+        both = torch.stack((self.sums, self.counts))
         if self.world.size > 1:
-            dist.all_reduce(self.sums)
-        *sums, count = self.sums.tolist()
+            dist.all_reduce(both)
+        sums, counts = both.tolist()
         self._zero()
-        return {part: total / count for part, total in zip(PARTS, sums)}
+        return {part: total / count if count else None for part, total, count in zip(PARTS, sums, counts)}
 
 
 class Writer:
     """Appends metric lines on rank 0 and mirrors their numbers to TensorBoard."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
-        """step: the step resumed from; a line torn by a kill is cut off."""
+        """step: the step resumed from. Lines and held-out files of later steps, and a line torn by a kill, are what a
+        killed process left: this one makes them again, so they go."""
         self.path = run_dir / "metrics.jsonl"
-        cut_torn_line(self.path)
+        kept = [json.dumps(line) + "\n" for at, line in read(self.path).items() if at <= step]
+        write_text(self.path, "".join(kept))
+        for file in (run_dir / "holdout").glob("step-*.npz"):
+            if int(file.name[5:13]) > step:
+                file.unlink()
+        (run_dir / "reconstruction.json").unlink(missing_ok=True)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -161,15 +172,6 @@ def read(path: Path) -> dict[int, dict[str, Any]]:
             line = json.loads(text)
             steps.setdefault(line["step"], {}).update(line)
     return dict(sorted(steps.items()))
-
-
-def cut_torn_line(path: Path) -> None:
-    """Remove a last line that has no end."""
-    if path.is_file():
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            os.truncate(path, len(kept))
 
 
 def mfu(flops_per_step: float, step_s: float, world: World) -> float | None:

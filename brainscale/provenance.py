@@ -1,5 +1,6 @@
-"""Which code and which machine made a result."""
+"""Which code and which machine made a result, and writing it down in one step."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -25,3 +26,10 @@ def commit() -> str:
     folder = str(Path(__file__).parent)
     done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that no reader sees half of it."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

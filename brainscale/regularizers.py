@@ -114,6 +114,11 @@ def spectral_patch_loss(prediction: Tensor, target: Tensor, patch_zyx: Zyx, sett
     )
 
 
+def full_weight(settings: Spectral) -> float:
+    """The weight of a step that is due after the warm-up."""
+    return spectral_weight(settings, settings.every_steps * settings.warmup_steps)
+
+
 def spectral_weight(settings: Spectral, step: int) -> float:
     """Weight of the term in the loss of optimizer step `step` (from 0): λ times a linear ramp on every
     `settings.every_steps`-th step, 0.0 on the others, where the term need not be computed.

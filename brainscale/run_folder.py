@@ -7,7 +7,7 @@ RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how th
 """
 
 import json
-import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +23,12 @@ from brainscale import provenance
 from brainscale.checkpoint import TrainState
 from brainscale.config import MAY_CHANGE_ON_RESUME, Config, InputError, changed_keys, to_toml
 from brainscale.distributed import World, broadcast
+from brainscale.provenance import write_text
 from brainscale.sampling import held_out
 from brainscale.store import Store, open_store
 
+STARTED_S = time.time()
+"""When this process began."""
 REFUSED_LISTED = 200
 """Refused scans named in run.json; all of them stand in the store's refused.jsonl."""
 
@@ -51,17 +54,26 @@ def open_everywhere(path: str, world: World) -> Store:
 
 
 def split_rows(store: Store, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows); every subject is on one side. A scan without a subject is its own."""
-    subjects, ids = store.column("subject"), store.column("id")
-    subjects = np.array([subject or scan for subject, scan in zip(subjects, ids)])
-    held = held_out(subjects, config.data.holdout_fraction, config.seed)
+    """(training rows, held-out rows); every subject is on one side."""
+    held = held_out(subjects_of(store), config.data.holdout_fraction, config.seed)
     return store.rows[~held], store.rows[held]
+
+
+def subjects_of(store: Store) -> np.ndarray:
+    """(rows,) whose scan each row is: its subject, or its own id where none is named; for equal voxels under another
+    id, the subject of the scan they repeat."""
+    ids = store.column("id").tolist()
+    subjects = {scan: subject or scan for scan, subject in zip(ids, store.column("subject").tolist())}
+    return np.array(
+        [subjects.get(twin) or subjects[scan] for scan, twin in zip(ids, store.column("duplicate_of").tolist())]
+    )
 
 
 def data_hash(store: Store, rows: np.ndarray) -> str:
     """Names the training rows and their scans: another value means another order of samples."""
-    ids = store.column("id")[np.searchsorted(store.rows, rows)]
-    return xxhash.xxh3_128_hexdigest("\n".join(f"{row} {scan}" for row, scan in zip(rows, ids)).encode())
+    at = np.searchsorted(store.rows, rows)
+    lines = zip(rows, store.column("id")[at], store.column("voxels_xxh3_128")[at])
+    return xxhash.xxh3_128_hexdigest("\n".join(f"{row} {scan} {voxels}" for row, scan, voxels in lines).encode())
 
 
 @contextmanager
@@ -139,17 +151,16 @@ def describe(
     write_text(run_dir / "run.json", json.dumps(about, indent=1))
 
 
-def write_exit(run_dir: Path, code: int, sentence: str) -> None:
-    """Write exit.json: torchrun hides a rank's exit code, this file does not."""
-    record = {"code": code, "sentence": sentence, "utc": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_text(run_dir / "exit.json", json.dumps(record) + "\n")
+def write_exit(run_dir: Path, code: int, sentence: str, world: World) -> None:
+    """Write exit.json: torchrun hides a rank's exit code, this file does not.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that no reader sees half of it."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    When one rank fails, the others fail for want of it; the reason written first stays.
+    """
+    path = run_dir / "exit.json"
+    if world.size > 1 and code == 1 and path.exists() and path.stat().st_mtime > STARTED_S:
+        return
+    record = {"code": code, "sentence": sentence, "rank": world.rank}
+    write_text(path, json.dumps({**record, "utc": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
 
 
 def device_name(world: World) -> str:

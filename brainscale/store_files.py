@@ -96,6 +96,11 @@ def journal_name(shard: int) -> str:
     return f"journal/shard-{shard:06d}.json"
 
 
+def journal_time(path: Path, shard: int) -> float:
+    """When a shard's journal record was written, in seconds since 1970."""
+    return (path / journal_name(shard)).stat().st_mtime
+
+
 def read_journal(path: Path, shard: int) -> dict[str, Any] | None:
     """{"files", "records"} of a shard, or none when it is not recorded, or a file has not the recorded size."""
     try:

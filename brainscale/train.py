@@ -35,16 +35,17 @@ def run(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ..
     allow_change: keys that a resumed run may change besides those of MAY_CHANGE_ON_RESUME. The process group must
     exist. Raises InputError for settings or data that cannot work, TrainingStopped for a non-finite loss.
     """
-    store = run_folder.open_everywhere(config.data.store, world)
-    reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
-    masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
-    train_rows, held_rows = run_folder.split_rows(store, config)
-    micro, accumulation = deep.batch_split(config, world.size)
-    state = TrainState(
-        step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
-        data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx, versions=provenance.versions(),
-    )  # fmt: skip
     with run_folder.locked(run_dir, world):
+        store = run_folder.open_everywhere(config.data.store, world)
+        reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
+        masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
+        train_rows, held_rows = run_folder.split_rows(store, config)
+        micro, accumulation = deep.batch_split(config, world.size)
+        state = TrainState(
+            step=0, updates=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
+            data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx,
+            versions=provenance.versions(),
+        )  # fmt: skip
         found = checkpoint.newest(run_dir / "checkpoints", world)
         if found is not None:
             saved = checkpoint.read_state(found)
@@ -67,7 +68,10 @@ def run(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ..
             run_folder.describe(run_dir, config, store, train_rows, held_rows, world)
         loader = Loader(reader, train_rows, config, world.rank, world.size, micro)
         holdout = Holdout(reader, held_rows, train_rows, config) if len(held_rows) else None
-        train(engine, model, loader, holdout, config, state, world, run_dir, voice, accumulation)
+        try:
+            train(engine, model, loader, holdout, config, state, world, run_dir, voice, accumulation)
+        finally:
+            voice.close()
 
 
 def train(
@@ -96,20 +100,22 @@ def train(
         model.after_step(step)
         state = replace(state, step=step + 1, cursor=cursor, time_s=clock.total_s())
         last = state.step == config.train.num_steps
+        saves = due(state.step, config.checkpoint.every_steps) or last
 
-        if due(state.step, config.log.every_steps) or last:
+        if due(state.step, config.log.every_steps) or saves:
             means = meter.read()
-            if not np.isfinite(means["loss"]):
-                raise TrainingStopped(f"the loss at step {state.step} is {means['loss']}; the state is not saved")
             samples = config.train.global_batch_volumes
             times = clock.read(state.step, samples, loader.reader.volume_zyx, mae_flops(config, grid), world)
             line = {
                 "step": state.step, **means, "lr": lr, "grad_norm": float(engine.get_global_grad_norm()),
-                "samples": state.step * samples, "mask_fraction": masks.masked.shape[1] / tokens, **times,
+                "samples": state.step * samples, "mask_fraction": masks.masked.shape[1] / tokens,
+                "skipped_steps": engine.skipped_steps, **times,
             }  # fmt: skip
             if writer is not None:
                 writer.write(line)
             voice.step(line)
+            if not np.isfinite(line["loss"]):
+                raise TrainingStopped(f"the loss at step {state.step} is {line['loss']}; this state is not saved")
 
         if holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
             with clock.span("other_s"):
@@ -117,9 +123,15 @@ def train(
                     scores = holdout.evaluate(model, world.device, state.step, run_dir / "holdout")
                     writer.write({"step": state.step, **scores})
                     voice.line(f"step {state.step}: held-out loss {scores['holdout_loss']:.4f}")
+                    if last:
+                        errors = holdout.reconstruction_errors(
+                            model, world.device, state.step, run_dir / "reconstruction.json"
+                        )
+                        said = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
+                        voice.line(f"error on held-out masked foreground: {said}")
                 wait(world)
 
-        if due(state.step, config.checkpoint.every_steps) or last:
+        if saves:
             with clock.span("checkpoint_s"):
                 root = run_dir / "checkpoints"
                 checkpoint.save(engine, state, root, world)
@@ -129,9 +141,5 @@ def train(
 
     batches.close()
     if writer is not None:
-        if holdout is not None:
-            errors = holdout.reconstruction_errors(model, world.device, state.step, run_dir / "reconstruction.json")
-            voice.line("error on held-out masked foreground: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
         writer.close()
-    voice.close()
     wait(world)

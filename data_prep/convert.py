@@ -33,6 +33,9 @@ from brainscale_data_prep.preprocess import prepare
 COMPRESSED_SHARE = 0.5
 """Bytes of a store over bytes of its voxels, about, for the check of free space."""
 
+EXAMPLES = 3
+"""Refused scans quoted when there are too many of them."""
+
 Grid = tuple[int, int, int]
 
 
@@ -48,6 +51,10 @@ class Summary:
     refused: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     """Refused scans per reason code."""
+    examples: list[str] = field(default_factory=list)
+    """Source and sentence of the first refused scans."""
+    subjects: int = 0
+    """Subjects of a finished store; those of a scan that names none are counted by scan."""
     seconds: float = 0.0
     bytes_read: int = 0
     volumes_now: int = 0
@@ -62,6 +69,8 @@ class Summary:
             if record["status"] == "refused":
                 self.refused += 1
                 self.reasons[record["reason"]] += 1
+                if len(self.examples) < EXAMPLES:
+                    self.examples.append(f"{record['source']}: {record['sentence']}")
             else:
                 self.taken += 1
                 self.warnings.update(code.partition(":")[0] for code in record["warnings"])
@@ -69,7 +78,8 @@ class Summary:
 
 def report_line(summary: Summary) -> str:
     """What a conversion ends with: taken, warnings and refusals by code, speed, where to look."""
-    lines = [f"{summary.store}: {summary.taken} scans taken, {summary.refused} refused"]
+    whose = f" of {summary.subjects} subjects" if summary.finished else ""
+    lines = [f"{summary.store}: {summary.taken} scans{whose} taken, {summary.refused} refused"]
     if summary.volumes_now:
         rate = summary.volumes_now / max(summary.seconds, 1e-9)
         lines[0] += (
@@ -125,9 +135,13 @@ def convert(
         tasks = []
         for number in range(num_shards):
             rows = stores.shard_rows(plan, num_rows, number)
+            journal = store_files.read_journal(store, number) if number in done else None
+            if journal and _mended(journal["records"], found.scans, store_files.journal_time(store, number)):
+                done.discard(number)
+                journal = None
             if number not in done and number % shard[1] == shard[0]:
                 tasks.append(Task(store, number, plan, grid_xyz, rows, [found.scans[row] for row in rows]))
-            elif number in done and (journal := store_files.read_journal(store, number)):
+            elif journal:
                 summary.add(journal["records"])
         num_volumes = sum(len(task.rows) for task in tasks)
         _check_space(store, plan, grid_xyz, num_volumes)
@@ -160,6 +174,8 @@ def _describe(summary: Summary, finished: stores.Store, scans: list[ScanFile]) -
     summary.taken, summary.refused = len(finished.rows), len(finished.refused)
     summary.reasons = Counter(record["reason"] for record in finished.refused)
     summary.warnings = Counter(code.partition(":")[0] for codes in finished.column("warnings") for code in codes)
+    subjects = zip(finished.column("subject").tolist(), finished.column("id").tolist())
+    summary.subjects = len({subject or scan for subject, scan in subjects})
     summary.finished = True
 
 
@@ -237,8 +253,15 @@ def _check_space(store: Path, plan: Plan, grid_xyz: Grid, volumes: int) -> None:
         )
 
 
+def _mended(records: list[dict[str, Any]], scans: list[ScanFile], since_s: float) -> bool:
+    """Whether a source that was refused has been replaced or changed since its shard was written."""
+    refused = [scans[record["row"]].path for record in records if record["status"] == "refused"]
+    return any(path.exists() and max(path.stat().st_mtime, path.stat().st_ctime) > since_s for path in refused)
+
+
 def _check_refused(summary: Summary, num_rows: int, max_refused: float | None) -> None:
     counts = ", ".join(f"{count} {code}" for code, count in sorted(summary.reasons.items()))
+    counts += f"; first: {'; '.join(summary.examples)}"
     if max_refused is not None and summary.refused > max_refused * num_rows:
         raise TooManyRefused(
             f"{summary.refused} of {num_rows} scans are refused ({counts}), more than the {max_refused:.1%} allowed; "

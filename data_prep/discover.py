@@ -2,11 +2,13 @@
 
 import csv
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from bids2table import parse_bids_entities  # type: ignore[import-untyped]
 
@@ -129,10 +131,18 @@ def _split(name: str) -> tuple[str, str]:
 
 def _scan(path: Path, source: str, name: str, entities: dict[str, Any], people: dict[str, dict[str, str]]) -> ScanFile:
     if "sub" not in entities:
-        return ScanFile(name, path, source, subject=name)
+        subject = _subject_of(source, name)
+        return ScanFile(name, path, source, subject, participant=people.get(subject, {}))
     subject = f"sub-{entities['sub']}"
     session = f"ses-{entities['ses']}" if "ses" in entities else ""
     return ScanFile(name, path, source, subject, session, str(entities.get("suffix", "")), people.get(subject, {}))
+
+
+def _subject_of(source: str, name: str) -> str:
+    """Whose scan a file without BIDS entities is: a folder sub-*, else the first folder, else the file stands alone."""
+    folders = PurePosixPath(source).parts[:-1]
+    named = [folder for folder in folders if re.fullmatch(r"sub-[A-Za-z0-9]+", folder)]
+    return (named or [*folders[:1], name])[0]
 
 
 def _leaves(root: Path, path: Path) -> bool:
@@ -188,7 +198,10 @@ def _table(table: Path) -> Found:
     if not table.is_file():
         raise InputError(f"{table} does not exist; give a folder or a .csv, .tsv or .parquet table")
     if table.suffix == ".parquet":
-        records = pq.read_table(table).to_pylist()
+        try:
+            records = pq.read_table(table).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{table} is no Parquet table ({str(error).splitlines()[0]})") from None
         rows = [{str(k): "" if v is None else str(v) for k, v in record.items()} for record in records]
     else:
         rows = _rows(table, "\t" if table.suffix == ".tsv" else ",")
@@ -208,7 +221,7 @@ def _table(table: Path) -> Found:
             sentence = f"its path leads outside {root.name or root}; move the table or the scan"
             scans.append(ScanFile(name, path, source, code="outside_root", sentence=sentence))
         else:
-            subject = row.get("subject") or name
+            subject = row.get("subject") or _scan(path, source, name, parse_bids_entities(source), {}).subject
             contrast = row.get("contrast", "")
             scans.append(ScanFile(name, path, source, subject, row.get("session", ""), contrast, _allowed(row)))
     return Found(scans, {})

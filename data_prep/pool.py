@@ -51,6 +51,7 @@ def run(
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
                 child.join()
+            pool.shutdown(wait=True)
             if (reason := _stop_reason(error)) is None:
                 raise
             raise Stopped(f"{reason}; what is finished is kept, and the same command continues") from None

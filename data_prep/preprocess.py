@@ -72,7 +72,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
     else:
         raw = cut(raw, first, grid_xyz, background)
         grid = _above(raw, background, scan.slope)
-    inside = grid > threshold
+    inside = (grid > threshold) & _covered(shape_xyz, first, step, grid_xyz)
     numbers = statistics(grid[inside], plan)
     if not resampled and _stays_integer(raw, plan):
         stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
@@ -170,6 +170,15 @@ def _inside(
         low, high = first[axis] - step[axis] / 2, first[axis] + (grid_xyz[axis] - 0.5) * step[axis]
         keep.append((at >= low) & (at <= high))
     return int(np.count_nonzero(component[np.ix_(*keep)]))
+
+
+def _covered(shape_xyz: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]) -> np.ndarray:
+    """(Z,Y,X) bool: grid voxels whose centre lies within the scan; the others are padding and never foreground."""
+    x, y, z = (
+        (at >= -0.5) & (at <= size - 0.5)
+        for at, size in ((first[a] + step[a] * np.arange(grid_xyz[a]), shape_xyz[a]) for a in range(3))
+    )
+    return z[:, None, None] & y[:, None] & x
 
 
 def cut(volume: np.ndarray, first: np.ndarray, grid_xyz: tuple[int, int, int], fill: Any) -> np.ndarray:

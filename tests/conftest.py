@@ -31,7 +31,7 @@ TINY_CONFIG = """
 objective = "mae"
 [data]
 workers = 1
-holdout_fraction = 0.2
+holdout_fraction = 0.4
 [model]
 width = 24
 depth = 1
@@ -42,7 +42,7 @@ decoder_width = 12
 decoder_depth = 1
 decoder_heads = 1
 [train]
-num_steps = 24
+num_steps = 40
 global_batch_volumes = 4
 micro_batch_volumes = 4
 precision = "fp32"
@@ -53,7 +53,7 @@ warmup_steps = 2
 every_steps = 4
 [log]
 every_steps = 1
-holdout_every_steps = 12
+holdout_every_steps = 20
 holdout_volumes = 2
 pictures = 1
 """

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_brainscale, write_tiny_store
+from conftest import ROOT, TINY_GRID_ZYX, run_brainscale, write_tiny_store
 
-from brainscale import checkpoint, metrics
-from brainscale.config import Plan
+from brainscale import checkpoint, metrics, run_folder
+from brainscale.config import Config, Plan, load
+from brainscale.sampling import draw
+from brainscale.store import open_store
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -31,21 +33,21 @@ def unbroken(tiny_store, tiny_config, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything(unbroken):
     lines = metrics.read(unbroken / "metrics.jsonl")
-    assert list(lines) == list(range(1, 25))
+    assert list(lines) == list(range(1, 41))
     wanted = {
         "loss", "pixel_loss", "spectral_loss", "lr", "grad_norm", "samples", "time_s", "step_s", "data_s",
-        "data_wait_fraction", "checkpoint_s", "voxels_per_s", "mfu", "mask_fraction",
+        "data_wait_fraction", "checkpoint_s", "voxels_per_s", "mfu", "mask_fraction", "skipped_steps",
     }  # fmt: skip
     assert all(wanted <= set(line) for line in lines.values())
-    assert "holdout_loss" in lines[12] and "holdout_loss" in lines[24]
-    assert lines[24]["samples"] == 96 and lines[24]["mask_fraction"] == pytest.approx(0.75, abs=0.05)
-    assert losses(unbroken)[24] < losses(unbroken)[1]
+    assert "holdout_loss" in lines[20] and "holdout_loss" in lines[40]
+    assert lines[40]["samples"] == 160 and lines[40]["mask_fraction"] == pytest.approx(0.75, abs=0.05)
+    assert losses(unbroken)[40] < losses(unbroken)[1]
     assert json.loads((unbroken / "exit.json").read_text())["code"] == 0
     errors = json.loads((unbroken / "reconstruction.json").read_text())["errors"]
     assert set(errors) == {"own", "swapped", "neighbours", "average"}
     assert (unbroken / "report.html").stat().st_size > 10_000
-    assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["latest", "step-00000020", "step-00000024"]
-    assert (unbroken / "checkpoints" / "latest").read_text() == "step-00000024"
+    assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["latest", "step-00000036", "step-00000040"]
+    assert (unbroken / "checkpoints" / "latest").read_text() == "step-00000040"
 
 
 def test_the_same_command_leaves_a_finished_run_alone(unbroken, tiny_store, tiny_config):
@@ -113,14 +115,59 @@ def test_accumulation_and_stage_2_follow_the_same_path(unbroken, tiny_store, tin
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken, tiny_store, tiny_config, tmp_path):
     run = shutil.copytree(unbroken, tmp_path / "damaged")
-    file = run / "checkpoints" / "step-00000024" / "weights.safetensors"
+    file = run / "checkpoints" / "step-00000040" / "weights.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert "does not have the hash" in (checkpoint.damage(file.parent) or "")
     done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
-    assert "DAMAGED CHECKPOINT" in done.stdout and "at step 20" in done.stdout
+    assert "DAMAGED CHECKPOINT" in done.stdout and "at step 36" in done.stdout
     assert losses(run) == losses(unbroken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tiny_store, tiny_config, tmp_path):
+    """The step that diverges is logged, nothing is saved from it on, and the exit code is 5."""
+    run = tmp_path / "diverged"
+    text = refusal(
+        5, "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "optim.lr=1e30", "log.every_steps=100"
+    )
+    assert "is nan" in text and "not saved" in text
+    assert json.loads((run / "exit.json").read_text())["code"] == 5
+    stopped = max(metrics.read(run / "metrics.jsonl"))
+    assert all(int(p.name[5:]) < stopped for p in (run / "checkpoints").glob("step-*"))
+    assert (run / "report.html").exists()
+
+
+def test_what_an_attempt_without_a_checkpoint_left_is_made_again(unbroken, tiny_store, tiny_config, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "restarted")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".tmp-step-00000004-1").mkdir()
+    arguments = ("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=6")
+    run_brainscale(*arguments)
+    assert list(metrics.read(run / "metrics.jsonl")) == list(range(1, 7))
+    assert [p.name for p in (run / "holdout").iterdir()] == ["step-00000006.npz"]
+    assert json.loads((run / "reconstruction.json").read_text())["step"] == 6
+    assert not list((run / "checkpoints").glob(".tmp*"))
+
+
+def test_damage_that_one_rank_meets_is_named(tiny_config, tmp_path):
+    """A bit flipped in a volume that only rank 1 reads: its file is named in the output and in exit.json."""
+    broken = write_tiny_store(tmp_path / "store", plan=Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=1))
+    config = load(Config, tiny_config)
+    rows, _ = run_folder.split_rows(open_store(broken), config)
+    row = draw(config.seed, 2, rows, TINY_GRID_ZYX, TINY_GRID_ZYX, 4, 0.0).row
+    shard = broken / "volumes" / "c" / str(row) / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    for at in range(0, len(data) - 100, 50):
+        data[at] ^= 255
+    shard.write_bytes(data)
+    done = run_brainscale(
+        "pretrain", tiny_config, f"data.store={broken}", f"run.dir={tmp_path / 'run'}", ranks=2, code=None
+    )
+    assert done.returncode != 0
+    assert f"volumes/c/{row}/" in done.stderr
+    assert f"volumes/c/{row}/" in json.loads((tmp_path / "run" / "exit.json").read_text())["sentence"]
 
 
 def refusal(code: int, *arguments: str | Path) -> str:
@@ -138,6 +185,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_co
     assert "empty" in refusal(2, "to-zarr", tmp_path / "empty", tmp_path / "new")
     assert "did you mean 'num_steps'" in refusal(2, "pretrain", tiny_config, "train.num_step=3")
     assert "no store given" in refusal(2, "pretrain", tiny_config, run)
+    assert "greater than 0" in refusal(2, "pretrain", tiny_config, run, "model.patch_voxels_zyx=[0,8,8]")
+    assert "cannot be used" in refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", "run.dir=README.md")
     assert "no multiple of the patch" in refusal(
         2, "pretrain", tiny_config, f"data.store={tiny_store}", run, "model.patch_voxels_zyx=[8,16,8]"
     )
@@ -154,7 +203,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_co
 
     other = write_tiny_store(tmp_path / "other", plan=Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=4, codec="zstd"))
     resumed = shutil.copytree(unbroken, tmp_path / "resumed")
-    again = ("train.num_steps=30", f"run.dir={resumed}")
+    again = ("train.num_steps=50", f"run.dir={resumed}")
     assert "plan" in refusal(2, "pretrain", tiny_config, f"data.store={other}", *again)
     text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", *again, "optim.lr=1e-3")
     assert "optim.lr: 0.003 → 0.001" in text
