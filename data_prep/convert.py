@@ -78,8 +78,7 @@ class Summary:
 
 def report_line(summary: Summary) -> str:
     """What a conversion ends with: taken, warnings and refusals by code, speed, where to look."""
-    whose = f" of {summary.subjects} subjects" if summary.finished else ""
-    lines = [f"{summary.store}: {summary.taken} scans{whose} taken, {summary.refused} refused"]
+    lines = [f"{summary.store}: {summary.taken} scans taken, {summary.refused} refused"]
     if summary.volumes_now:
         rate = summary.volumes_now / max(summary.seconds, 1e-9)
         lines[0] += (
@@ -95,6 +94,8 @@ def report_line(summary: Summary) -> str:
     ):
         if counts:
             lines.append(f"  {name}: " + ", ".join(f"{count} {code}" for code, count in sorted(counts.items())))
+    if summary.finished:
+        lines.append(f"  subjects: {summary.subjects}")
     if summary.refused and summary.finished:
         lines.append(f"  why, scan by scan: {summary.store / store_files.REFUSED}")
     if not summary.finished:
@@ -261,14 +262,14 @@ def _mended(records: list[dict[str, Any]], scans: list[ScanFile], since_s: float
 
 def _check_refused(summary: Summary, num_rows: int, max_refused: float | None) -> None:
     counts = ", ".join(f"{count} {code}" for code, count in sorted(summary.reasons.items()))
-    counts += f"; first: {'; '.join(summary.examples)}"
+    first = f"; the first: {'; '.join(summary.examples)}"
     if max_refused is not None and summary.refused > max_refused * num_rows:
         raise TooManyRefused(
             f"{summary.refused} of {num_rows} scans are refused ({counts}), more than the {max_refused:.1%} allowed; "
-            f"{summary.store} is left unfinished: run again with a larger --max-refused, or mend the source"
+            f"{summary.store} is left unfinished: run again with a larger --max-refused, or mend the source{first}"
         )
     if summary.refused == num_rows:
-        raise TooManyRefused(f"all {num_rows} scans are refused ({counts}); {summary.store} is left unfinished")
+        raise TooManyRefused(f"all {num_rows} scans are refused ({counts}); {summary.store} is left unfinished{first}")
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,9 @@ def _inside(
 
 
 def _covered(shape_xyz: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]) -> np.ndarray:
-    """(Z,Y,X) bool: grid voxels whose centre lies within the scan; the others are padding and never foreground."""
+    """(Z,Y,X) bool: grid voxels whose centre lies within the scan; the others are padding, never foreground."""
     x, y, z = (
-        (at >= -0.5) & (at <= size - 0.5)
+        (at >= -0.5) & (at < size - 0.5)
         for at, size in ((first[a] + step[a] * np.arange(grid_xyz[a]), shape_xyz[a]) for a in range(3))
     )
     return z[:, None, None] & y[:, None] & x

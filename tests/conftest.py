@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read when numpy and torch are imported
 
@@ -59,8 +61,13 @@ pictures = 1
 """
 
 
-def write_tiny_store(path: Path, scans: int = 10, plan: Plan | None = None) -> Path:
-    """A finished store of smooth random blobs on a dark background, two scans per subject, made without NIfTI."""
+def write_tiny_store(
+    path: Path, scans: int = 10, plan: Plan | None = None, change: Callable[[dict[str, Any]], None] | None = None
+) -> Path:
+    """A finished store of smooth random blobs on a dark background, two scans per subject, made without NIfTI.
+
+    change: alters each record before it is written.
+    """
     plan = plan or Plan(grid_voxels_xyz=TINY_GRID_ZYX[::-1], shard_volumes=4)
     store.create(path, plan, TINY_GRID_ZYX, scans)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in TINY_GRID_ZYX), indexing="ij")
@@ -91,6 +98,8 @@ def write_tiny_store(path: Path, scans: int = 10, plan: Plan | None = None) -> P
                     "duplicate_of": "", "participant": {"age": "60"},
                 }
             )  # fmt: skip
+        for record in records if change else []:
+            change(record)
         store.write_shard(path, shard, np.stack(volumes), np.stack(cells), records)
     store.finish(path)
     return path

@@ -242,3 +242,17 @@ def test_the_command_without_an_install_says_how_to_install():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install -e ." in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mended_source_is_read_again(source, tmp_path):
+    """After exit 3 the bad file is replaced; the same call takes it, and keeps what it had."""
+    copy, store = tmp_path / "source", tmp_path / "store"
+    copy.mkdir()
+    for file in source.glob("sub-*.nii.gz"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(TooManyRefused, match=r"sub-12_T1w\.nii\.gz: "):
+        convert(copy, store, PLAN, workers=1, max_refused=0.0)
+    (copy / "sub-12_T1w.nii.gz").write_bytes((source / "sub-04_T1w.nii.gz").read_bytes())
+    summary = convert(copy, store, PLAN, workers=1, max_refused=0.0)
+    assert (summary.taken, summary.refused) == (13, 0)
+    assert summary.volumes_now < 13

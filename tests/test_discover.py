@@ -66,7 +66,7 @@ def test_any_folder_takes_every_volume(tmp_path):
     found = discover.find(tmp_path)
     assert [(s.id, s.subject, s.contrast) for s in found.scans] == [
         ("a/sub-7_ses-1_T2w", "sub-7", "T2w"),
-        ("b/scan one", "b/scan one", ""),
+        ("b/scan one", "b", ""),
         ("pair", "pair", ""),
     ]
     assert all(s.path == tmp_path / s.source for s in found.scans)
@@ -129,3 +129,20 @@ def test_a_source_without_scans_is_an_error(tmp_path, bids):
     ):
         with pytest.raises(InputError, match=words):
             discover.find(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "subject"),
+    [
+        ("a.nii.gz", "a"),
+        ("patientA/day1/t1.nii.gz", "patientA"),
+        ("site1/sub-07/x/t1.nii.gz", "sub-07"),
+        ("site1/x/sub-08_T1w.nii.gz", "sub-08"),
+    ],
+)
+def test_whose_scan_a_file_is(tmp_path, source, subject):
+    """Both sides of a training split must never hold one subject, so folders count where names say nothing."""
+    touch(tmp_path, source)
+    assert discover.find(tmp_path).scans[0].subject == subject
+    (tmp_path / "table.csv").write_text(f"path\n{source}\n")
+    assert discover.find(tmp_path / "table.csv").scans[0].subject == subject

@@ -225,6 +225,26 @@ def test_downsampling_keeps_slow_waves_and_does_not_alias_fast_ones():
     assert np.abs(fast).max() < 0.1
 
 
+@pytest.mark.parametrize("spacing", [2.0, 1.0])
+def test_padding_is_never_foreground(spacing):
+    """With foreground "none" everything scanned counts, and nothing else: statistics are those of the scan."""
+    rng = np.random.default_rng(3)
+    voxels = rng.integers(200, 400, (10, 12, 14)).astype(np.int16)
+    plan = Plan(
+        grid_voxels_xyz=(24, 24, 32),
+        spacing_mm_xyz=(2, 2, 2),
+        foreground="none",
+        clip_percentiles=(0, 100),
+        crop="centre",
+    )
+    scan = scan_of(voxels, np.diag([spacing, spacing, spacing, 1]))
+    record = preprocess.prepare(scan, plan, plan.grid_voxels_xyz).record
+    rim = 1e-9 if spacing == 2.0 else 0.1  # a widened kernel mixes the background into the scan's own rim
+    assert record["mean"] == pytest.approx(voxels.mean(), rel=rim)
+    scanned = voxels.size * (spacing / 2) ** 3
+    assert record["foreground_fraction"] == pytest.approx(scanned / (24 * 24 * 32), rel=1e-9)
+
+
 def test_the_background_outside_the_field_of_view_is_kept():
     raw = np.full((12, 12, 12), 700, np.int16)
     out = preprocess.resample(raw, 700, 1.0, np.array([-6.0, -6, -6]), np.full(3, 0.8), (30, 30, 30))
