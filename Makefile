@@ -14,14 +14,15 @@ $(STAMP): setup.py constraints.txt
 # Synthetic brains → store → pretraining → a page. QUICK=1: fewer brains and steps.
 DEMO := runs/demo
 SUBJECTS := $(if $(QUICK),10,32)
-STEPS := $(if $(QUICK),40,300)
+STEPS := $(if $(QUICK),60,500)
 
 demo: $(STAMP)
 	test -e $(DEMO)/phantom-$(SUBJECTS)/dataset_description.json || { rm -rf $(DEMO) && \
 	  $(BIN)/brainscale phantom $(DEMO)/phantom-$(SUBJECTS) --subjects $(SUBJECTS) --seed 0 --spacing-mm 2; }
 	$(BIN)/python data_prep/to_zarr.py $(DEMO)/phantom-$(SUBJECTS) $(DEMO)/store --prep configs/prep/brain_2mm.toml
 	$(BIN)/brainscale doctor $(DEMO)/store --deep
-	$(BIN)/brainscale pretrain configs/mae_tiny_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO) train.num_steps=$(STEPS)
+	$(BIN)/brainscale pretrain configs/mae_small_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO) \
+	  train.num_steps=$(STEPS) optim.warmup_steps=30 log.holdout_every_steps=100
 	@echo "look at $(DEMO)/report.html"
 
 check: $(STAMP)

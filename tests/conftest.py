@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read whe
 import numpy as np
 import pytest
 
-from brainscale import store
+from brainscale import metrics, store
 from brainscale.config import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -132,3 +132,25 @@ def run_brainscale(
     if code is not None:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss of every step of a run."""
+    return {step: line["loss"] for step, line in metrics.read(run / "metrics.jsonl").items() if "loss" in line}
+
+
+def refusal(code: int, *arguments: str | Path) -> str:
+    """The one sentence of a command that must fail without a traceback."""
+    done = run_brainscale(*arguments, code=code)
+    assert "Traceback" not in done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, done.stderr
+    return sentences[0]
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny_store: Path, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one rank."""
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    return run

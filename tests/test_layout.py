@@ -1,4 +1,4 @@
-"""The house: import order, one door per dependency, no __init__.py in side folders, file sizes, README links."""
+"""The house: import order, one door per dependency, no __init__.py in side folders, README links and tree."""
 
 import ast
 import re

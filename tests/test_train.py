@@ -1,34 +1,17 @@
-"""Runs as a user makes them: kill -9 and continue bit for bit, other numbers of ranks, every refusal one sentence."""
+"""Runs as a user makes them: what they leave, other numbers of ranks, every refusal one sentence."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_GRID_ZYX, run_brainscale, write_tiny_store
+from conftest import TINY_GRID_ZYX, losses, refusal, run_brainscale, write_tiny_store
 
-from brainscale import checkpoint, metrics, run_folder
+from brainscale import metrics, run_folder
 from brainscale.config import Config, Plan, load
 from brainscale.sampling import draw
 from brainscale.store import open_store
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss of every step."""
-    return {step: line["loss"] for step, line in metrics.read(run / "metrics.jsonl").items() if "loss" in line}
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_store, tiny_config, tmp_path_factory) -> Path:
-    """A finished run of one rank."""
-    run = tmp_path_factory.mktemp("runs") / "unbroken"
-    run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
-    return run
 
 
 def test_a_run_leaves_everything(unbroken):
@@ -57,34 +40,6 @@ def test_the_same_command_leaves_a_finished_run_alone(unbroken, tiny_store, tiny
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
-def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_store, tiny_config, tmp_path):
-    """Killed twice, each time as soon as the log has passed a checkpoint; the loss sequence is the same bit for bit."""
-    run = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "brainscale",
-        "pretrain",
-        tiny_config,
-        f"data.store={tiny_store}",
-        f"run.dir={run}",
-    ]
-    for past in (6, 13):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        deadline = time.monotonic() + 120
-        while max(losses(run), default=0) < past and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it must die, not finish"
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 15, "lo')
-    done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
-    assert "resumed from" in done.stdout
-    assert losses(run) == losses(unbroken)
-
-
 def test_a_checkpoint_loads_on_another_number_of_ranks(tiny_store, tiny_config, tmp_path):
     """One rank → two, and two → one, from step 8 on, against one rank throughout (constant rate: the ends differ)."""
     common = ("pretrain", tiny_config, f"data.store={tiny_store}", "optim.final_lr_fraction=1", "train.num_steps=16")
@@ -99,32 +54,6 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(tiny_store, tiny_config, 
             assert losses(run)[step] == pytest.approx(loss, rel=1e-5), f"step {step} of {run.name}"
 
 
-def test_accumulation_and_stage_2_follow_the_same_path(unbroken, tiny_store, tiny_config, tmp_path):
-    run = tmp_path / "accumulated"
-    run_brainscale(
-        "pretrain",
-        tiny_config,
-        f"data.store={tiny_store}",
-        f"run.dir={run}",
-        "train.micro_batch_volumes=2",
-        "zero.stage=2",
-    )
-    for step, loss in losses(unbroken).items():
-        assert losses(run)[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken, tiny_store, tiny_config, tmp_path):
-    run = shutil.copytree(unbroken, tmp_path / "damaged")
-    file = run / "checkpoints" / "step-00000040" / "weights.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    assert "does not have the hash" in (checkpoint.damage(file.parent) or "")
-    done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
-    assert "DAMAGED CHECKPOINT" in done.stdout and "at step 36" in done.stdout
-    assert losses(run) == losses(unbroken)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tiny_store, tiny_config, tmp_path):
     """The step that diverges is logged, nothing is saved from it on, and the exit code is 5."""
     run = tmp_path / "diverged"
@@ -136,19 +65,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tiny_store, tiny_config
     stopped = max(metrics.read(run / "metrics.jsonl"))
     assert all(int(p.name[5:]) < stopped for p in (run / "checkpoints").glob("step-*"))
     assert (run / "report.html").exists()
-
-
-def test_what_an_attempt_without_a_checkpoint_left_is_made_again(unbroken, tiny_store, tiny_config, tmp_path):
-    run = shutil.copytree(unbroken, tmp_path / "restarted")
-    shutil.rmtree(run / "checkpoints")
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / ".tmp-step-00000004-1").mkdir()
-    arguments = ("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=6")
-    run_brainscale(*arguments)
-    assert list(metrics.read(run / "metrics.jsonl")) == list(range(1, 7))
-    assert [p.name for p in (run / "holdout").iterdir()] == ["step-00000006.npz"]
-    assert json.loads((run / "reconstruction.json").read_text())["step"] == 6
-    assert not list((run / "checkpoints").glob(".tmp*"))
 
 
 def test_damage_that_one_rank_meets_is_named(tiny_config, tmp_path):
@@ -168,15 +84,6 @@ def test_damage_that_one_rank_meets_is_named(tiny_config, tmp_path):
     assert done.returncode != 0
     assert f"volumes/c/{row}/" in done.stderr
     assert f"volumes/c/{row}/" in json.loads((tmp_path / "run" / "exit.json").read_text())["sentence"]
-
-
-def refusal(code: int, *arguments: str | Path) -> str:
-    """The one sentence of a command that must fail without a traceback."""
-    done = run_brainscale(*arguments, code=code)
-    assert "Traceback" not in done.stderr
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1, done.stderr
-    return sentences[0]
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_config, tmp_path):
@@ -208,17 +115,3 @@ def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_co
     text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", *again, "optim.lr=1e-3")
     assert "optim.lr: 0.003 → 0.001" in text
     assert json.loads((resumed / "exit.json").read_text())["code"] == 2
-
-
-def test_two_runs_in_one_folder_are_refused(tiny_store, tiny_config, tmp_path):
-    run = tmp_path / "shared"
-    run.mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"import filelock, sys; l = filelock.FileLock({str(run / '.lock')!r}); l.acquire(); "
-         "print('held', flush=True); sys.stdin.read()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
-    assert "written by another process" in text
-    holder.communicate("")
