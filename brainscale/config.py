@@ -2,7 +2,7 @@
 
 Two trees live here: `Plan`, how NIfTI volumes become a store, and `Config`, how a run trains on it. A quantity carries
 its unit in its name (`_mm`, `_voxels`, `_steps`, `_fraction` in 0..1) and its axis order (`_xyz` as in NIfTI, `_zyx` as
-in memory). There is no key that does nothing.
+in memory). A value that this version does not know is refused.
 """
 
 import difflib
