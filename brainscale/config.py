@@ -36,13 +36,22 @@ class Plan(Model):
     """Voxels of every stored volume; "largest": the smallest grid that holds every scan of the source."""
     spacing_mm_xyz: tuple[float, float, float] | Literal["native"] = (1.0, 1.0, 1.0)
     """Spacing after resampling; "native" keeps each scan's own voxels."""
+    orientation: Literal["RAS", "LAS", "RPS", "LPS", "RAI", "LAI", "RPI", "LPI"] = "RAS"
+    """Where x, y and z of a stored volume point: right or left, anterior or posterior, superior or inferior."""
+    assume_orientation: Literal["", "RAS", "LAS", "RPS", "LPS", "RAI", "LAI", "RPI", "LPI"] = ""
+    """Orientation of scans whose header gives none; "": they are refused (`no_affine`)."""
+    frame: int | None = Field(default=None, ge=0)
+    """Frame taken from 4D scans, counted from 0; unset: they are refused (`four_d`)."""
+    min_extent_mm: float = Field(default=40.0, ge=0)
+    """A scan that is thinner along an axis is refused (`thin_slab`)."""
     crop: Literal["foreground", "centre"] = "foreground"
     """Where the grid lies: on the foreground's bounding box (a tall head aligned at its top), or centre on centre."""
     top_margin_mm: float = Field(default=5.0, ge=0)
     """Distance kept above a foreground that is taller than the grid."""
-    foreground: Literal["auto", "otsu", "nonzero", "none"] = "auto"
-    """What counts as head or brain: above Otsu's threshold, above a constant background, or everything; "auto" takes
-    "nonzero" for volumes that are already skull-stripped and "otsu" otherwise."""
+    foreground: Literal["auto", "otsu", "nonzero", "mask", "none"] = "auto"
+    """What counts as head or brain: above Otsu's threshold, above a constant background, inside the mask that comes
+    with the scan, or everything; "auto" takes the mask where one is given, else "nonzero" for volumes that are
+    already skull-stripped, else "otsu"."""
     foreground_cell_voxels: int = Field(default=4, ge=1)
     """Edge of the cells whose share of foreground is stored."""
     max_cropped_fraction: float = Field(default=0.2, ge=0, le=1)
@@ -51,6 +60,8 @@ class Plan(Model):
     """A scan that loses a larger share of its foreground carries the warning `cropped`."""
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Percentiles of the foreground at which intensities are clipped when read for training (never in the store)."""
+    normalize: Literal["zscore", "unit_range", "none"] = "zscore"
+    """What training reads (never the store): foreground z-scores, clip bounds mapped to 0..1, or original units."""
     dtype: Literal["int16", "uint8", "float32"] = "int16"
     """Storage type of voxels."""
     quanta_per_std: float = Field(default=512.0, gt=0)

@@ -31,7 +31,8 @@ COLUMNS = {
     "crop_voxels_xyz": pa.list_(pa.float64()),
     **dict.fromkeys(("cropped_fraction", "scale", "offset", "background_code", "mean", "std"), pa.float64()),
     **dict.fromkeys(("clip_low", "clip_high", "foreground_threshold", "foreground_fraction"), pa.float64()),
-    "duplicate_of": pa.string(),
+    "skull_stripped": pa.bool_(),
+    **dict.fromkeys(("foreground_method", "mask_source", "duplicate_of"), pa.string()),
 }
 """Columns of scans.parquet; after them comes one string column `participant_<name>` for each name that any scan has."""
 REFUSED_KEYS = frozenset({"row", "id", "status", "reason", "sentence", "source"})

@@ -33,6 +33,10 @@ class ScanFile:
     session: str = ""
     contrast: str = ""
     participant: dict[str, str] = field(default_factory=dict)
+    mask: Path | None = None
+    """Brain mask that comes with the scan, on the same voxels."""
+    mask_source: str = ""
+    """Its path relative to the source's root, with '/'."""
     code: str = ""
     sentence: str = ""
 

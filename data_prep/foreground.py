@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from brainscale.config import Plan
 from brainscale_data_prep.nifti import Refused, Scan
 
 CONSTANT_BACKGROUND_SHARE = 0.4
@@ -57,14 +56,16 @@ def _face_voxels(shape: tuple[int, ...]) -> int:
     return 2 * (x * y + y * z + x * z)
 
 
-def foreground_threshold(coarse: np.ndarray, plan: Plan, constant_background: bool, resampled: bool) -> float:
-    """Level above background (original units) over which a voxel is foreground; `coarse` is value − background."""
-    if plan.foreground == "none":
+def is_stripped(coarse: np.ndarray, constant_background: bool) -> bool:
+    """Whether a volume (`coarse`: value − background) is skull-stripped: one compact object on constant background."""
+    return constant_background and _is_compact(coarse > 0)
+
+
+def foreground_threshold(coarse: np.ndarray, method: str, resampled: bool) -> float:
+    """Level above background (original units) over which a voxel is foreground, by "otsu", "nonzero" or "none"."""
+    if method == "none":
         return EVERYTHING
-    stripped = plan.foreground == "nonzero" or (
-        plan.foreground == "auto" and constant_background and _is_compact(coarse > 0)
-    )
-    if not stripped:
+    if method == "otsu":
         return otsu(coarse)
     return RIM_SHARE * float(np.median(coarse[coarse > 0])) if resampled and (coarse > 0).any() else 0.0
 

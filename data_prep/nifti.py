@@ -63,7 +63,7 @@ class Scan:
 # --------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path) -> Scan:
+def read(path: Path, assume_orientation: str = "", frame: int | None = None) -> Scan:
     """Read one .nii, .nii.gz or .hdr/.img volume. Raises Refused with a code and a sentence."""
     stored = _file_bytes(path)
     header = _header(_inflate(stored, 540, to_end=False), path)

@@ -15,7 +15,14 @@ from scipy import ndimage
 
 from brainscale.config import Plan
 from brainscale.geometry import spacing_mm
-from brainscale_data_prep.foreground import EVERYTHING, cell_shares, clean, foreground_threshold, largest_component
+from brainscale_data_prep.foreground import (
+    EVERYTHING,
+    cell_shares,
+    clean,
+    foreground_threshold,
+    is_stripped,
+    largest_component,
+)
 from brainscale_data_prep.nifti import Refused, Scan, axes_to_ras
 
 COARSE_MM = 2.0
@@ -37,7 +44,7 @@ class Prepared:
 def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
     """Bring a scan onto the plan's grid. Raises Refused (`constant`, `does_not_fit`)."""
     warnings = list(scan.warnings)
-    voxels, background, stripped = clean(scan, warnings)
+    voxels, background, constant_background = clean(scan, warnings)
     base = float(background) * scan.slope + scan.inter
     voxels_xyz, affine = canonical(voxels, scan.affine)
     raw = voxels_xyz.T
@@ -49,7 +56,9 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
 
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
     coarse = _above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
-    threshold = foreground_threshold(coarse, plan, stripped, resampled)
+    stripped = is_stripped(coarse, constant_background)
+    method = plan.foreground if plan.foreground != "auto" else "nonzero" if stripped else "otsu"
+    threshold = foreground_threshold(coarse, method, resampled)
     component = largest_component(coarse > threshold)
     if not component.any():
         raise Refused("constant", "nothing in it is brighter than its background")
@@ -104,6 +113,9 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
         "clip_high": numbers["clip_high"] + base,
         "foreground_threshold": threshold + base if threshold > EVERYTHING else EVERYTHING,
         "foreground_fraction": float(inside.mean()),
+        "skull_stripped": stripped,
+        "foreground_method": method,
+        "mask_source": "",
     }
     return Prepared(stored, cell_shares(inside, plan.foreground_cell_voxels), record)
 

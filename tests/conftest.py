@@ -95,6 +95,7 @@ def write_tiny_store(
                     "crop_voxels_xyz": [0.0] * 3, "cropped_fraction": 0.0, "scale": 1.0, "offset": 0.0,
                     "background_code": 0, "mean": values.mean(), "std": values.std(), "clip_low": values.min(),
                     "clip_high": values.max(), "foreground_threshold": 0.0, "foreground_fraction": inside.mean(),
+                    "skull_stripped": True, "foreground_method": "nonzero", "mask_source": "",
                     "duplicate_of": "", "participant": {"age": "60"},
                 }
             )  # fmt: skip

@@ -80,6 +80,9 @@ def make_record(row: int, volume: np.ndarray, refused: bool = False) -> dict:
         "clip_high": 900.0,
         "foreground_threshold": 12.5,
         "foreground_fraction": 0.4,
+        "skull_stripped": True,
+        "foreground_method": "nonzero",
+        "mask_source": "",
         "duplicate_of": "",
         "participant": {"age": str(20 + row)} if row % 2 else {"age": str(20 + row), "sex": "F"},
     }
