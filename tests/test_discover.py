@@ -1,13 +1,12 @@
-"""Which scans a source holds: BIDS, any folder, tables; ids, participants, and what must not be followed."""
+"""Which scans a source holds: ids, subjects, suffixes, names, links, and what must not be followed."""
 
 import json
+import os
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from brainscale.config import InputError
-from brainscale_data_prep import discover
+from brainscale_data_prep import discover, nifti
 
 
 def touch(root, *names):
@@ -88,36 +87,6 @@ def test_links_that_leave_the_source_are_refused_and_inner_ones_followed(tmp_pat
     assert codes == {"out.nii.gz": "outside_root", "folder": "outside_root", "inner.nii.gz": "", "real.nii.gz": ""}
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
-def test_tables(tmp_path, kind):
-    rows = [
-        {
-            "path": "x/2.nii.gz",
-            "id": "two",
-            "subject": "S",
-            "session": "",
-            "contrast": "T1w",
-            "age": "40",
-            "phone": "1",
-        },
-        {"path": "1.nii", "id": "", "subject": "", "session": "v1", "contrast": "", "age": "", "phone": "2"},
-        {"path": "../elsewhere.nii", "id": "", "subject": "", "session": "", "contrast": "", "age": "", "phone": "3"},
-        {"path": "/etc/passwd", "id": "p", "subject": "", "session": "", "contrast": "", "age": "", "phone": "4"},
-    ]
-    table = tmp_path / f"scans.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), table)
-    else:
-        sep = "," if kind == "csv" else "\t"
-        table.write_text("\n".join([sep.join(rows[0]), *(sep.join(row.values()) for row in rows)]) + "\n")
-    scans = {scan.source: scan for scan in discover.find(table).scans}
-    two, one = scans["x/2.nii.gz"], scans["1.nii"]
-    assert (two.id, two.subject, two.contrast, two.participant) == ("two", "S", "T1w", {"age": "40"})
-    assert (one.id, one.subject, one.session, one.participant) == ("1", "1", "v1", {})
-    assert two.path == tmp_path / "x/2.nii.gz"
-    assert [scans[s].code for s in ("../elsewhere.nii", "/etc/passwd")] == ["outside_root", "outside_root"]
-
-
 def test_a_source_without_scans_is_an_error(tmp_path, bids):
     (tmp_path / "empty").mkdir()
     table = tmp_path / "t.csv"
@@ -146,3 +115,127 @@ def test_whose_scan_a_file_is(tmp_path, source, subject):
     assert discover.find(tmp_path).scans[0].subject == subject
     (tmp_path / "table.csv").write_text(f"path\n{source}\n")
     assert discover.find(tmp_path / "table.csv").scans[0].subject == subject
+
+
+# --------------------------------------------------------------------------------------------- selection
+
+
+def test_suffixes_select_in_folders_and_tables_and_the_others_are_counted(tmp_path):
+    touch(tmp_path, "a/p1_T1w.nii.gz", "a/p1_T2w.nii.gz", "b/p2_T1w.nii", "b/p2_bold.nii.gz", "b/x-1.nii")
+    found = discover.find(tmp_path, suffixes=["T1w"])
+    assert [(s.id, s.contrast, s.code) for s in found.scans] == [("a/p1_T1w", "T1w", ""), ("b/p2_T1w", "T1w", "")]
+    assert found.skipped == {"T2w": 1, "bold": 1, "other": 1}
+    table = tmp_path / "t.csv"
+    table.write_text("path,contrast\na/p1_T2w.nii.gz,T1w\na/p1_T1w.nii.gz,\nb/p2_T1w.nii,FLAIR\n")
+    found = discover.find(table, suffixes=["T1w"])
+    assert [(s.source, s.contrast) for s in found.scans] == [("a/p1_T1w.nii.gz", "T1w"), ("a/p1_T2w.nii.gz", "T1w")]
+    assert found.skipped == {"FLAIR": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"suffixes": ["T1W"]}, "'T1W' is no BIDS suffix .did you mean T1w.*FLAIR, .*T2w"),
+        ({"suffixes": []}, "no suffix was given"),
+        ({"entities": {"spaec": "MNI"}}, "'spaec' is no BIDS entity .did you mean space"),
+        ({"mask_pipeline": "fmriprep"}, "is no BIDS dataset"),
+    ],
+)
+def test_a_misspelt_selection_is_an_error_that_names_what_there_is(tmp_path, arguments, words):
+    touch(tmp_path, "a_T1w.nii")
+    with pytest.raises(InputError, match=words):
+        discover.find(tmp_path, **arguments)
+
+
+def test_what_is_no_anatomical_image_by_name_is_refused(tmp_path):
+    bad = ("dseg", "probseg", "mask", "bold", "dwi", "sbref", "epi", "phasediff", "magnitude1", "pet")
+    touch(tmp_path, *(f"p1_{suffix}.nii.gz" for suffix in bad), "p1_t1.nii.gz", "p1_brain.nii", "mask_p1.nii")
+    scans = {scan.id: scan for scan in discover.find(tmp_path).scans}
+    assert {scan.id for scan in scans.values() if scan.code == "not_a_brain_scan"} == {f"p1_{name}" for name in bad}
+    assert "a segmentation or mask by its name (suffix dseg)" in scans["p1_dseg"].sentence
+    assert [scans[name].code for name in ("p1_t1", "p1_brain", "mask_p1")] == ["", "", ""]
+    (tmp_path / "t.csv").write_text("path,contrast\np1_bold.nii.gz,T1w\n")
+    assert discover.find(tmp_path / "t.csv").scans[0].code == "not_a_brain_scan"
+
+
+def test_volumes_that_are_not_read_are_counted_by_kind(tmp_path):
+    names = ("a.mgz", "a.nrrd", "a.dcm", "B.IMA", "c.nii.zst", "alone.img", "._x.nii.gz", "readme.txt")
+    touch(tmp_path, *names, "pair.img", "pair.hdr", "old.img.gz", "old.hdr.gz", "LOUD.NII.GZ")
+    found = discover.find(tmp_path)
+    assert [scan.id for scan in found.scans] == ["LOUD", "old", "pair"]
+    assert found.skipped == {
+        "dicom": 2, "mgz": 1, "nrrd": 1, "nii in another compression": 1, "img without hdr": 1, "hidden": 1,
+    }  # fmt: skip
+
+
+def test_where_only_dicom_is_the_sentence_names_dcm2niix(tmp_path):
+    touch(tmp_path, "a/1.dcm", "a/2.dcm")
+    with pytest.raises(InputError, match=r"2 dicom are there.*dcm2niix"):
+        discover.find(tmp_path)
+
+
+def test_rare_kinds_are_counted_together(tmp_path):
+    touch(tmp_path, "p_T1w.nii", *(f"p_kind{n}.nii" for n in range(30)))
+    found = discover.find(tmp_path, suffixes=["T1w"])
+    assert sum(found.skipped.values()) == 30
+    assert len(found.skipped) <= discover.KINDS_SHOWN + 1
+
+
+# --------------------------------------------------------------------------------------------- links and names
+
+
+def test_links_are_followed_when_asked_and_each_folder_once(tmp_path):
+    root = tmp_path / "root"
+    touch(tmp_path, "far/s/1.nii.gz", "far/2.nii.gz")
+    touch(root, "z/3.nii.gz")
+    (root / "b").symlink_to(tmp_path / "far")
+    (root / "c").symlink_to(tmp_path / "far" / "s")
+    (root / "a").symlink_to(root / "z")
+    (root / "z" / "up").symlink_to(root)
+    (tmp_path / "far" / "s" / "loop").symlink_to(tmp_path / "far")
+    (root / "file.nii.gz").symlink_to(tmp_path / "far" / "2.nii.gz")
+    found = discover.find(root, follow_links=True)
+    assert [scan.source for scan in found.scans] == ["b/2.nii.gz", "b/s/1.nii.gz", "file.nii.gz", "z/3.nii.gz"]
+    assert not any(scan.code for scan in found.scans)
+    codes = {scan.source: scan.code for scan in discover.find(root).scans}
+    assert codes == {"b": "outside_root", "c": "outside_root", "file.nii.gz": "outside_root", "z/3.nii.gz": ""}
+    assert discover.find(root).skipped == {"folder link": 2}  # a and z/up
+
+
+def test_what_the_reader_must_name_is_handed_on(tmp_path):
+    """git-annex links with and without content, a git-lfs pointer, an empty file, a link to itself."""
+    touch(tmp_path, ".git/annex/objects/K1/K1.nii.gz")
+    (tmp_path / "there.nii.gz").symlink_to(".git/annex/objects/K1/K1.nii.gz")
+    (tmp_path / "absent.nii.gz").symlink_to(".git/annex/objects/K2/K2.nii.gz")
+    (tmp_path / "lfs.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "empty.nii").touch()
+    (tmp_path / "self.nii").symlink_to("self.nii")
+    scans = discover.find(tmp_path).scans
+    assert not any(scan.code for scan in scans)
+    codes = {}
+    for scan in scans:
+        with pytest.raises(nifti.Refused) as refused:
+            nifti.read(scan.path)
+        codes[scan.id] = refused.value.code
+    assert codes == {
+        "there": "not_nifti", "absent": "pointer_file", "lfs": "pointer_file", "empty": "empty_file",
+        "self": "unreadable",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", [False, True])
+def test_names_that_no_file_can_hold_are_refused(tmp_path, dataset):
+    anat = tmp_path / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    if dataset:
+        (tmp_path / "dataset_description.json").write_text("{}")
+    touch(anat, "sub-1_acq-é\u3000x_T1w.nii", "sub-1_acq-a\nb_T1w.nii", "sub-1_acq-\x1b_T1w.nii")
+    (anat / os.fsdecode(b"sub-1_acq-\xff_T1w.nii")).write_bytes(b"x")
+    scans = discover.find(tmp_path).scans
+    assert [scan.code for scan in scans].count("bad_name") == 3
+    assert [scan.source for scan in scans if not scan.code] == ["sub-1/anat/sub-1_acq-é\u3000x_T1w.nii"]
+    assert len({scan.source for scan in scans}) == 4
+    for scan in scans:
+        json.dumps([scan.id, scan.source, scan.sentence], ensure_ascii=False).encode()
+        assert "\n" not in scan.id + scan.source
+        assert scan.path.exists()
