@@ -1,6 +1,6 @@
 """The commands. Every mistake of the user ends in one sentence and exit code 2; see `EXIT_CODES`.
 
-This is the one module that imports inside functions, so that `--help` is quick.
+The modules of the commands (`cli`, `cli_data`, `cli_bench`) import inside functions, so that `--help` is quick.
 """
 
 import os
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__
-from brainscale.config import Config, InputError, Plan, load, to_toml
+from brainscale import __version__, cli_data
+from brainscale.cli_bench import bench
+from brainscale.config import Config, InputError, load, to_toml
 
 EXIT_CODES = """Exit codes: 0 done, or already done. 1 internal error. 2 bad input or settings. 3 more scans refused
 than allowed. 4 a check found damage. 5 training stopped itself. 75 stopped early and resumable."""
@@ -36,99 +37,9 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
     default_parameter=Parameter(negative=()),
 )
 
-bench = App(
-    name="bench",
-    help="""Measurements against what you would pick instead; JSON lines with machine and commit.
-
-Example: brainscale bench read stores/brains --source data/bids --json results.jsonl""",
-    help_format="markdown",
-)
 app.command(bench)
-
-
-@app.command
-def phantom(
-    dest: Path,
-    /,
-    *,
-    subjects: int = 24,
-    seed: int = 0,
-    contrasts: str = "T1w",
-    spacing_mm: float | None = None,
-    head: bool = False,
-) -> None:
-    """Write a BIDS dataset of synthetic brains (deformed ICBM152 anatomy with known disease labels).
-
-    Example: brainscale phantom data/phantom --subjects 24 --seed 0 --contrasts T1w,FLAIR
-
-    Parameters
-    ----------
-    dest
-        Folder to make; must be absent or empty.
-    subjects
-        Number of subjects, one session each.
-    seed
-        The same seed gives the same bytes; a larger cohort begins with the same subjects.
-    contrasts
-        Comma-separated BIDS suffixes among T1w, T2w, FLAIR, PDw; every subject gets one scan of each.
-    spacing_mm
-        Isotropic voxel size; by default it varies from scan to scan.
-    head
-        Add skull, scalp and neck around the brain.
-    """
-    from brainscale_data_prep.phantom import make
-
-    make(dest, subjects, seed, head=head, spacing_mm=spacing_mm, contrasts=tuple(contrasts.split(",")))
-
-
-@app.command
-def to_zarr(
-    source: Path,
-    store: Path,
-    /,
-    *overrides: str,
-    prep: Path | None = None,
-    workers: int | None = None,
-    max_refused: str | None = None,
-) -> None:
-    """Convert NIfTI volumes into one verified store; an interrupted conversion continues.
-
-    Example: python data_prep/to_zarr.py data/bids stores/brains --prep configs/prep/brain_1mm.toml --workers 8
-
-    Parameters
-    ----------
-    source
-        A BIDS dataset, any folder of .nii / .nii.gz files, or a .csv / .parquet table with a column `path`.
-    store
-        The store to make or to continue.
-    overrides
-        Settings of the plan as key=value, e.g. dtype=float32.
-    prep
-        The preprocessing plan (TOML); default: 1 mm, 160×192×160 voxels.
-    workers
-        Processes; default: one per core.
-    max_refused
-        Largest share of scans that may be refused, e.g. 5%; default: no limit, but at least one scan must be taken.
-    """
-    from brainscale_data_prep.convert import TooManyRefused, convert, report_line
-    from brainscale_data_prep.pool import Stopped
-
-    share = None
-    if max_refused is not None:
-        try:
-            share = float(max_refused.removesuffix("%")) / (100 if max_refused.endswith("%") else 1)
-        except ValueError:
-            raise InputError(f"--max-refused {max_refused!r} is no share; give e.g. 5% or 0.05") from None
-    plan = load(Plan, prep, overrides)
-    try:
-        summary = convert(source, store, plan, workers or os.cpu_count() or 1, share)
-    except TooManyRefused as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
-    except Stopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(75)
-    print(report_line(summary))
+for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor):
+    app.command(command)
 
 
 @app.command
@@ -192,59 +103,17 @@ def pretrain(
 
 
 @app.command
-def report(run: Path, /) -> None:
-    """Write RUN/report.html from what a run has recorded so far, and print its path.
+def report(run_or_store: Path, /) -> None:
+    """Write the page of a run (RUN/report.html) or of a store (STORE/qc.html), and print its path.
 
     Example: brainscale report runs/a
     """
+    from brainscale import qc
     from brainscale.report import write
+    from brainscale.store_files import COMPLETE, PLAN
 
-    print(write(run))
-
-
-@app.command
-def doctor(store: Path, /, *, deep: bool = False) -> None:
-    """Say in one line each what is wrong with a store; exit code 4 when something is.
-
-    Example: brainscale doctor stores/brains --deep
-
-    Parameters
-    ----------
-    store
-        A store made by to-zarr.
-    deep
-        Re-hash every file and decode every volume.
-    """
-    from brainscale.doctor import check_store, describe_store
-
-    problems = check_store(store, deep)
-    if problems:
-        print("\n".join(problems))
-        sys.exit(4)
-    print(describe_store(store))
-
-
-@bench.command
-def read(store: Path, /, *, source: Path | None = None, quick: bool = False, json: Path | None = None) -> None:
-    """Time reading whole volumes from a store, against zarr-python and nibabel.
-
-    Example: brainscale bench read stores/brains --source data/bids --json results.jsonl
-
-    Parameters
-    ----------
-    store
-        A finished store.
-    source
-        The folder it was made from, to time nibabel on the same scans.
-    quick
-        Fewer repetitions.
-    json
-        File that the lines are appended to.
-    """
-    from brainscale.bench import read as bench_read
-    from brainscale.bench.record import write
-
-    write(bench_read.run(store, source, 10 if quick else 60), json)
+    is_store = any((run_or_store / name).exists() for name in (COMPLETE, PLAN))
+    print(qc.write(run_or_store) if is_store else write(run_or_store))
 
 
 def dry_run_text(config: Config) -> str:

@@ -152,12 +152,13 @@ class Holdout:
         return means
 
     def _foreground(self, model: Mae, case: Case) -> Tensor:
-        """(1,Km,P) bool: masked voxels above the scan's foreground threshold."""
+        """(1,Km,P) bool: masked voxels above the scan's foreground threshold, in tokens that hold foreground."""
         store, row = self.reader.store, int(case.batch.row[0])
         at = self.reader.position[row]
         scale, offset, threshold = (store.column(name)[at] for name in ("scale", "offset", "foreground_threshold"))
         values = patchify(case.batch.volumes, self.reader.patch_zyx)[0].double() * scale + offset
-        return (values > threshold)[case.masks.masked[0]][None]
+        inside = (values > threshold) & (case.batch.foreground[0] > 0)[:, None]
+        return inside[case.masks.masked[0]][None]
 
     def _average_brain(self) -> Tensor:
         """(1,1,Z,Y,X) mean of clipped, z-scored training volumes."""

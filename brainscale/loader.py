@@ -146,8 +146,14 @@ class Loader:
 
 
 def normalisation(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(scale, offset, low, high), each (rows,) float32: z = clamp(code × scale + offset, low, high)."""
+    """(scale, offset, low, high), each (rows,) float32: value = clamp(code × scale + offset, low, high), which is a
+    foreground z-score, 0..1 between the clip bounds, or the original unit, as the plan's `normalize` says."""
     columns = ("scale", "offset", "mean", "std", "clip_low", "clip_high")
     scale, offset, mean, std, low, high = (store.column(name).astype(np.float64) for name in columns)
-    parts = (scale / std, (offset - mean) / std, (low - mean) / std, (high - mean) / std)
+    centre, unit = {
+        "zscore": (mean, std),
+        "unit_range": (low, high - low),
+        "none": (np.zeros_like(mean), np.ones_like(std)),
+    }[store.plan.normalize]
+    parts = (scale / unit, (offset - centre) / unit, (low - centre) / unit, (high - centre) / unit)
     return tuple(part.astype(np.float32) for part in parts)  # type: ignore[return-value]

@@ -58,6 +58,11 @@ def _shard_file(name: str, shard: int) -> str:
     return f"{name}/c/{shard}/0/0/0"
 
 
+def shard_bytes(path: Path, shard: int) -> int:
+    """Size of a shard's files."""
+    return sum((path / _shard_file(name, shard)).stat().st_size for name in ARRAYS)
+
+
 def _num_shards(path: Path) -> int:
     array = zarr.open_array(path / "volumes", mode="r")
     return -(-array.shape[0] // array.shards[0])  # type: ignore[index]

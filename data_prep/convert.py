@@ -11,32 +11,28 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from brainscale import store as stores
 from brainscale import store_files
 from brainscale.config import InputError, Plan
 from brainscale.geometry import spacing_mm
-from brainscale_data_prep import discover, nifti, pool
-from brainscale_data_prep.discover import ScanFile
+from brainscale_data_prep import discover, nifti, ownership, pool, pseudonyms
+from brainscale_data_prep.discover import Found, ScanFile
 from brainscale_data_prep.nifti import Refused
-from brainscale_data_prep.preprocess import prepare
+from brainscale_data_prep.shards import Grid, Task, convert_shard
 
 COMPRESSED_SHARE = 0.5
 """Bytes of a store over bytes of its voxels, about, for the check of free space."""
 
 EXAMPLES = 3
 """Refused scans quoted when there are too many of them."""
-
-Grid = tuple[int, int, int]
 
 
 class TooManyRefused(RuntimeError):
@@ -112,38 +108,33 @@ def convert(
     workers: int,
     max_refused: float | None = None,
     shard: tuple[int, int] = (0, 1),
+    find: Callable[[Path], Found] = discover.find,
+    key: bytes | None = None,
 ) -> Summary:
-    """Convert every scan of `source` into `store`, or continue to; `max_refused` is a share of all scans.
+    """Convert every scan that `find` finds in `source` into `store`, or continue to; `max_refused` is a share of all.
 
-    `shard` (i, n) restricts the run to the shards s with s mod n = i. Raises InputError, TooManyRefused and
+    `shard` (i, n) restricts the run to the shards s with s mod n = i; n such runs may go on at once, and the last one
+    finishes the store. With a `key`, names are stored as keyed hashes. Raises InputError, TooManyRefused and
     pool.Stopped, each with one sentence.
     """
     source, store, started = Path(source), Path(store), time.monotonic()
     if workers < 1 or not 0 <= shard[0] < shard[1]:
         raise InputError(f"got {workers} workers and shard {shard[0]}/{shard[1]}; give workers >= 1 and 0 <= i < n")
-    found = discover.find(source)
-    grid_xyz, num_rows = _grid(plan, found.scans), len(found.scans)
+    found = find(source)
+    grid_xyz, num_rows = grid(plan, found.scans), len(found.scans)
+    scans = pseudonyms.hide(found.scans, key) if key else found.scans
     if store.exists() and not store.is_dir():
         raise InputError(f"{store} is a file; give the path of a new folder for the store")
     store.mkdir(parents=True, exist_ok=True)
     summary = Summary(store=store, skipped=found.skipped)
-    with _only_writer(store):
-        stores.create(store, plan, grid_xyz[::-1], num_rows)
-        was_complete = (store / store_files.COMPLETE).exists()
-        _check_scan_list(store, found.scans, was_complete)
-        done = stores.finished_shards(store)
-        num_shards = math.ceil(num_rows / stores.shard_volumes(plan, num_rows))
-        tasks = []
-        for number in range(num_shards):
-            rows = stores.shard_rows(plan, num_rows, number)
-            journal = store_files.read_journal(store, number) if number in done else None
-            if journal and _mended(journal["records"], found.scans, store_files.journal_time(store, number)):
-                done.discard(number)
-                journal = None
-            if number not in done and number % shard[1] == shard[0]:
-                tasks.append(Task(store, number, plan, grid_xyz, rows, [found.scans[row] for row in rows]))
-            elif journal:
-                summary.add(journal["records"])
+    with ownership.owner(store, shard):
+        with ownership.mutex(store):
+            numbers = _begin(store, plan, grid_xyz, scans, summary)
+        tasks = [
+            Task(store, number, plan, grid_xyz, rows, [scans[row] for row in rows], key is not None)
+            for number in numbers
+            if number % shard[1] == shard[0] and (rows := stores.shard_rows(plan, num_rows, number))
+        ]
         num_volumes = sum(len(task.rows) for task in tasks)
         _check_space(store, plan, grid_xyz, num_volumes)
 
@@ -157,13 +148,45 @@ def convert(
 
         if tasks:
             pool.run(convert_shard, tasks, workers, collect, num_volumes)
-        if len(done) + len(tasks) == num_shards:
-            if not was_complete:
-                _check_refused(summary, num_rows, max_refused)
-            stores.finish(store)
-            _describe(summary, stores.open_store(store), found.scans)
+        with ownership.mutex(store):
+            _finish(store, scans, summary, max_refused)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _begin(store: Path, plan: Plan, grid_xyz: Grid, scans: list[ScanFile], summary: Summary) -> list[int]:
+    """Make the store or check that it is this one; the numbers of the shards that are still to be made."""
+    stores.create(store, plan, grid_xyz[::-1], len(scans))
+    was_complete = (store / store_files.COMPLETE).exists()
+    _check_scan_list(store, scans, was_complete)
+    done = stores.finished_shards(store)
+    for number in sorted(done) if not was_complete else ():
+        journal = store_files.read_journal(store, number)
+        assert journal is not None
+        if _mended(journal["records"], scans, store_files.journal_time(store, number)):
+            (store / store_files.journal_name(number)).unlink()
+            done.discard(number)
+        else:
+            summary.add(journal["records"])
+    num_shards = math.ceil(len(scans) / stores.shard_volumes(plan, len(scans)))
+    return [number for number in range(num_shards) if number not in done]
+
+
+def _finish(store: Path, scans: list[ScanFile], summary: Summary, max_refused: float | None) -> None:
+    """Finish the store if every shard is there, whichever task wrote it, and describe it."""
+    num_rows = len(scans)
+    num_shards = math.ceil(num_rows / stores.shard_volumes(store_files.read_plan(store), num_rows))
+    if len(stores.finished_shards(store)) < num_shards:
+        return
+    if not (store / store_files.COMPLETE).exists():
+        counted = Summary(store=store)
+        for number in range(num_shards):
+            journal = store_files.read_journal(store, number)
+            assert journal is not None
+            counted.add(journal["records"])
+        _check_refused(counted, num_rows, max_refused)
+    stores.finish(store)
+    _describe(summary, stores.open_store(store), scans)
 
 
 def _describe(summary: Summary, finished: stores.Store, scans: list[ScanFile]) -> None:
@@ -183,25 +206,28 @@ def _describe(summary: Summary, finished: stores.Store, scans: list[ScanFile]) -
 # --------------------------------------------------------------------------------------------- checks before
 
 
-def _grid(plan: Plan, scans: list[ScanFile]) -> Grid:
+def grid(plan: Plan, scans: list[ScanFile]) -> Grid:
     """The plan's grid (x,y,z); "largest" reads every header, and a scan whose header cannot be read does not count."""
     if plan.grid_voxels_xyz != "largest":
         return plan.grid_voxels_xyz
 
-    def size(scan: ScanFile) -> np.ndarray:
+    def size(scan: ScanFile) -> np.ndarray | Refused:
         try:
-            shape, affine = nifti.read_shape(scan.path)
-        except Refused:
-            return np.zeros(3)
+            shape, affine = nifti.read_shape(scan.path, plan.assume_orientation, plan.frame, plan.min_extent_mm)
+        except Refused as refused:
+            return refused
         order = np.argsort(nifti.axes_to_ras(affine)[:, 0])
         scale = 1.0 if plan.spacing_mm_xyz == "native" else spacing_mm(affine)[order] / np.array(plan.spacing_mm_xyz)
         return np.array(shape)[order] * scale
 
+    readable = [scan for scan in scans if not scan.code]
     with ThreadPoolExecutor(8) as threads:
-        sizes = list(threads.map(size, [scan for scan in scans if not scan.code]))
-    largest = np.max(sizes, axis=0, initial=0)
+        sizes = list(threads.map(size, readable))
+    largest = np.max([np.zeros(3), *(found for found in sizes if not isinstance(found, Refused))], axis=0)
     if not largest.all():
-        raise TooManyRefused(f"none of the {len(scans)} scans has a header that can be read; look at one with a viewer")
+        first = next((f"{scan.source}: {why.sentence}" for scan, why in zip(readable, sizes)
+                      if isinstance(why, Refused)), f"{scans[0].source}: {scans[0].sentence}")  # fmt: skip
+        raise TooManyRefused(f"none of the {len(scans)} scans can be taken; the first: {first}")
     cell = plan.foreground_cell_voxels
     x, y, z = (math.ceil(round(n, 3) / cell) * cell for n in largest.tolist())
     if x * y * z * np.dtype(plan.dtype).itemsize > nifti.MAX_BYTES:
@@ -210,20 +236,6 @@ def _grid(plan: Plan, scans: list[ScanFile]) -> Grid:
             "set grid_voxels_xyz, or leave out the largest scans"
         )
     return x, y, z
-
-
-@contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
-    lock = FileLock(store / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another process is converting into {store}; wait for it, or give another folder") from None
-    try:
-        yield
-    finally:
-        (store / ".lock").unlink(missing_ok=True)
-        lock.release()
 
 
 def _check_scan_list(store: Path, scans: list[ScanFile], was_complete: bool) -> None:
@@ -270,60 +282,3 @@ def _check_refused(summary: Summary, num_rows: int, max_refused: float | None) -
         )
     if summary.refused == num_rows:
         raise TooManyRefused(f"all {num_rows} scans are refused ({counts}); {summary.store} is left unfinished{first}")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard's work."""
-
-    store: Path
-    shard: int
-    plan: Plan
-    grid_xyz: Grid
-    rows: range
-    scans: list[ScanFile]
-
-
-# --------------------------------------------------------------------------------------------- in a worker
-
-
-def convert_shard(task: Task) -> tuple[list[dict[str, Any]], int]:
-    """Read, prepare and write one shard: its records and the number of bytes read."""
-    grid_zyx, cell = task.grid_xyz[::-1], task.plan.foreground_cell_voxels
-    volumes = np.zeros((len(task.rows), *grid_zyx), task.plan.dtype)
-    foreground = np.zeros((len(task.rows), *(n // cell for n in grid_zyx)), np.uint8)
-    records, bytes_read = [], 0
-    for slot, (row, file) in enumerate(zip(task.rows, task.scans)):
-        place = {"row": row, "id": file.id, "source": file.source}
-        try:
-            if file.code:
-                raise Refused(file.code, file.sentence)
-            scan = nifti.read(file.path)
-            prepared = prepare(scan, task.plan, task.grid_xyz)
-        except MemoryError:
-            raise
-        except Refused as refused:
-            records.append({**place, "status": "refused", "reason": refused.code, "sentence": refused.sentence})
-            continue
-        except Exception as error:
-            sentence = f"{type(error).__name__}: {error}".replace(f"{file.path}", file.source)
-            records.append({**place, "status": "refused", "reason": "unreadable", "sentence": sentence})
-            continue
-        volumes[slot], foreground[slot] = prepared.volume_zyx, prepared.foreground_cells_zyx
-        bytes_read += scan.bytes_read
-        records.append(
-            {
-                **place,
-                **prepared.record,
-                "status": "warning" if prepared.record["warnings"] else "ok",
-                "reason": "",
-                "sentence": "",
-                "subject": file.subject,
-                "session": file.session,
-                "contrast": file.contrast,
-                "duplicate_of": "",
-                "participant": file.participant,
-            }
-        )
-    stores.write_shard(task.store, task.shard, volumes, foreground, records)
-    return records, bytes_read

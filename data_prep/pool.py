@@ -33,13 +33,15 @@ def run(
     workers: int,
     collect: Callable[[Result], int],
     num_volumes: int,
+    doing: str = "converting",
 ) -> None:
     """Run `function` on every task; `collect` takes each result as it comes and returns how many volumes it stands for.
 
-    An exception of a worker or of `collect` ends the run. Raises Stopped on Ctrl-C, a full disk or a killed worker.
+    `doing` stands before the progress. An exception of a worker or of `collect` ends the run. Raises Stopped on Ctrl-C,
+    a full disk or a killed worker.
     """
     others = set(multiprocessing.active_children())
-    with _one_thread_each(), _progress(num_volumes) as advance:
+    with _one_thread_each(), _progress(doing, num_volumes) as advance:
         pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker)
         try:
             pending = {pool.submit(function, task) for task in tasks}
@@ -84,7 +86,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
+def _progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes finished volumes: a bar on a terminal, else a line now and then."""
     done, started = 0, time.monotonic()
     last = started
@@ -93,7 +95,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         return f"{done / max(time.monotonic() - started, 1e-9):.1f} volumes/s"
 
     if sys.stderr.isatty():
-        columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
             bar = progress.add_task("", total=total, rate="")
 
@@ -110,7 +112,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         done += volumes
         if time.monotonic() - last >= PLAIN_LINE_SECONDS:
             last = time.monotonic()
-            print(f"converting: {done} of {total}, {rate()}", file=sys.stderr, flush=True)
+            print(f"{doing}: {done} of {total}, {rate()}", file=sys.stderr, flush=True)
 
     yield advance_lines
 

@@ -6,6 +6,7 @@ Arrays are z,y,x in C order, the bytes of NIfTI's x-fastest order; vectors are x
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from brainscale_data_prep.foreground import (
     clean,
     foreground_threshold,
     is_stripped,
+    label_like,
     largest_component,
 )
 from brainscale_data_prep.nifti import Refused, Scan, axes_to_ras
@@ -41,12 +43,17 @@ class Prepared:
     """The columns of scans.parquet that follow from voxels and header."""
 
 
-def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
-    """Bring a scan onto the plan's grid. Raises Refused (`constant`, `does_not_fit`)."""
+def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan | None = None) -> Prepared:
+    """Bring a scan onto the plan's grid; `mask` is its brain mask, on any grid of the same world.
+
+    Raises Refused (`not_a_brain_scan`, `constant`, `does_not_fit`, `no_mask`, `bad_mask`).
+    """
     warnings = list(scan.warnings)
+    if label_like(scan.voxels):
+        raise Refused("not_a_brain_scan", "its voxels are labels or a mask, not intensities; leave it out")
     voxels, background, constant_background = clean(scan, warnings)
     base = float(background) * scan.slope + scan.inter
-    voxels_xyz, affine = canonical(voxels, scan.affine)
+    voxels_xyz, affine = canonical(voxels, scan.affine, plan.orientation)
     raw = voxels_xyz.T
     shape_xyz, spacing = np.array(voxels_xyz.shape), spacing_mm(affine)
 
@@ -57,11 +64,17 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
     coarse = _above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
     stripped = is_stripped(coarse, constant_background)
-    method = plan.foreground if plan.foreground != "auto" else "nonzero" if stripped else "otsu"
-    threshold = foreground_threshold(coarse, method, resampled)
-    component = largest_component(coarse > threshold)
-    if not component.any():
-        raise Refused("constant", "nothing in it is brighter than its background")
+    method = _method(plan, mask is not None, stripped)
+    if mask is not None and method == "mask":
+        threshold = EVERYTHING
+        component = sample_mask(mask, plan, affine, np.zeros(3), stride, coarse.shape[::-1])
+        if not component.any():
+            raise Refused("bad_mask", "its mask covers nothing of it; mend the mask or leave it out (--masks none)")
+    else:
+        threshold = foreground_threshold(coarse, method, resampled)
+        component = largest_component(coarse > threshold)
+        if not component.any():
+            raise Refused("constant", "nothing in it is brighter than its background")
     first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
     if not resampled:
         first = np.floor(first + 0.5)
@@ -82,6 +95,8 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
         raw = cut(raw, first, grid_xyz, background)
         grid = _above(raw, background, scan.slope)
     inside = (grid > threshold) & _covered(shape_xyz, first, step, grid_xyz)
+    if mask is not None and method == "mask":
+        inside &= sample_mask(mask, plan, affine, first, step, grid_xyz)
     numbers = statistics(grid[inside], plan)
     if not resampled and _stays_integer(raw, plan):
         stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
@@ -115,17 +130,25 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int]) -> Prepared:
         "foreground_fraction": float(inside.mean()),
         "skull_stripped": stripped,
         "foreground_method": method,
-        "mask_source": "",
     }
     return Prepared(stored, cell_shares(inside, plan.foreground_cell_voxels), record)
+
+
+def _method(plan: Plan, has_mask: bool, stripped: bool) -> str:
+    if plan.foreground == "mask" and not has_mask:
+        raise Refused("no_mask", 'the plan says foreground = "mask" and it comes with none; give one, or use "auto"')
+    if plan.foreground != "auto":
+        return plan.foreground
+    return "mask" if has_mask else "nonzero" if stripped else "otsu"
 
 
 # --------------------------------------------------------------------------------------------- axes and values
 
 
-def canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A view (x,y,z) of the voxels whose axes run right, anterior, superior as nearly as they can, and its affine."""
+def canonical(voxels: np.ndarray, affine: np.ndarray, orientation: str = "RAS") -> tuple[np.ndarray, np.ndarray]:
+    """A view (x,y,z) of the voxels whose axes run as `orientation` says, as nearly as they can, and its affine."""
     axes = axes_to_ras(affine)
+    axes[:, 1] *= [1 if orientation[axis] in "RAS" else -1 for axis in axes[:, 0]]
     order = np.argsort(axes[:, 0])
     to_source = np.zeros((4, 4))
     to_source[3, 3] = 1
@@ -168,8 +191,30 @@ def place(
     high = np.minimum(np.array([s.stop for s in (x, y, z)]) * stride, shape_xyz) - 0.5
     first = (low + high) / 2 - (grid - 1) / 2 * step
     if high[2] - low[2] > grid[2] * step[2]:
-        first[2] = high[2] + plan.top_margin_mm / spacing[2] - (grid[2] - 0.5) * step[2]
+        margin = plan.top_margin_mm / spacing[2]
+        up = plan.orientation[2] == "S"
+        first[2] = high[2] + margin - (grid[2] - 0.5) * step[2] if up else low[2] - margin + 0.5 * step[2]
     return first
+
+
+def sample_mask(
+    mask: Scan, plan: Plan, affine: np.ndarray, first: np.ndarray, step: np.ndarray, shape_xyz: Sequence[int]
+) -> np.ndarray:
+    """(z,y,x) bool: whether the nearest voxel of a mask is not 0, at the points `first` + `step` × (i,j,k) of a scan
+    whose canonical voxels (x,y,z) `affine` maps to mm; False outside the mask's volume."""
+    voxels, mask_affine = canonical(mask.voxels, mask.affine, plan.orientation)
+    inside = (voxels.T * np.float32(mask.slope) + np.float32(mask.inter) != 0).view(np.uint8)
+    to_mask = np.linalg.inv(mask_affine) @ affine
+    start, matrix = to_mask[:3, :3] @ first + to_mask[:3, 3], to_mask[:3, :3] * step
+    shape_zyx = tuple(shape_xyz)[::-1]
+    if np.abs(matrix - np.diag(np.diag(matrix))).max() * max(shape_xyz) >= 0.01:
+        turned = matrix[::-1, ::-1]
+        return ndimage.affine_transform(inside, turned, start[::-1], shape_zyx, order=0).view(bool)
+    at = [np.rint(start[a] + matrix[a, a] * np.arange(shape_xyz[a])).astype(int) for a in (2, 1, 0)]
+    valid = [np.flatnonzero((i >= 0) & (i < size)) for i, size in zip(at, inside.shape)]
+    sampled = np.zeros(shape_zyx, bool)
+    sampled[np.ix_(*valid)] = inside[np.ix_(*(i[v] for i, v in zip(at, valid)))]
+    return sampled
 
 
 def _inside(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import FULL, ROOT
-from filelock import FileLock
 
 from brainscale import store as stores
 from brainscale.config import InputError, Plan, load
 from brainscale_data_prep import discover, nifti
-from brainscale_data_prep.convert import Task, TooManyRefused, convert, convert_shard, report_line
+from brainscale_data_prep.convert import TooManyRefused, convert, report_line
+from brainscale_data_prep.ownership import owner
 from brainscale_data_prep.preprocess import prepare
+from brainscale_data_prep.shards import Task, convert_shard
 
-PLAN = Plan(grid_voxels_xyz=(16, 20, 16), spacing_mm_xyz=(2, 2, 2), shard_volumes=2, max_cropped_fraction=1.0)
+PLAN = Plan(
+    grid_voxels_xyz=(16, 20, 16), spacing_mm_xyz=(2, 2, 2), shard_volumes=2, max_cropped_fraction=1.0, min_extent_mm=0
+)
 RUN = """
 import sys
 from pathlib import Path
@@ -30,7 +34,8 @@ if limit:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 try:
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), Plan.model_validate_json(sys.argv[3]), int(sys.argv[4]))
+    task = tuple(map(int, sys.argv[6].split("/")))
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), Plan.model_validate_json(sys.argv[3]), int(sys.argv[4]), shard=task)
 except Stopped as stopped:
     print(stopped)
     sys.exit(75)
@@ -63,8 +68,9 @@ def tree(store):
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
-def start(source, store, workers=1, limit=0):
-    command = [sys.executable, "-c", RUN, str(source), str(store), PLAN.model_dump_json(), str(workers), str(limit)]
+def start(source, store, workers=1, limit=0, task="0/1"):
+    arguments = (source, store, PLAN.model_dump_json(), workers, limit, task)
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -127,17 +133,36 @@ def test_a_killed_conversion_continues_to_the_same_bytes(source, unbroken, tmp_p
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(source, unbroken, tmp_path):
-    rng, store = random.Random(0), tmp_path / "store"
-    for _ in range(20 if FULL else 6):
-        process = start(source, store, workers=2)
+@pytest.mark.parametrize(("workers", "tasks"), [(1, ["0/1"]), (3, ["0/1"]), (1, ["0/2", "1/2"])])
+def test_kills_at_random_moments(source, unbroken, tmp_path, workers, tasks):
+    """Conversions killed again and again, alone or two tasks at once, end in the bytes of an unbroken one."""
+    rng, store = random.Random(workers + len(tasks)), tmp_path / "store"
+    killed = 0
+    while killed < (20 if FULL else 5):
+        if (store / "COMPLETE.json").exists():
+            shutil.rmtree(store)
+        running = [start(source, store, workers, task=task) for task in tasks]
         try:
-            process.wait(timeout=rng.uniform(0.3, 3.0))
+            running[0].wait(timeout=rng.uniform(0.5, 4.0))
         except subprocess.TimeoutExpired:
+            pass
+        for process in running:
+            killed += process.poll() is None
             os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    convert(source, store, PLAN, workers=2)
+            process.communicate()
+    running = [start(source, store, workers, task=task) for task in tasks]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     assert tree(store) == tree(unbroken[0])
+
+
+def test_two_tasks_at_once_build_one_store(source, unbroken, tmp_path):
+    running = [start(source, tmp_path / "store", task=task) for task in ("0/2", "1/2")]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert tree(tmp_path / "store") == tree(unbroken[0])
 
 
 def test_ctrl_c_and_a_full_disk_stop_with_a_sentence_and_can_be_continued(source, unbroken, tmp_path):
@@ -150,7 +175,7 @@ def test_ctrl_c_and_a_full_disk_stop_with_a_sentence_and_can_be_continued(source
     os.killpg(interrupted.pid, signal.SIGINT)
     output, errors = interrupted.communicate()
     assert interrupted.returncode == 75 and "interrupted" in output, errors
-    assert not (store / ".lock").exists()
+    assert not (store / ".lock").exists() and not (store / ".owners").exists()
     convert(source, store, PLAN, workers=1)
     assert tree(store) == tree(unbroken[0])
 
@@ -182,10 +207,34 @@ def test_a_source_that_changes_half_way_is_an_error(source, tmp_path):
         convert(root, tmp_path / "store", PLAN, workers=1)
 
 
-def test_a_second_writer_is_refused(source, tmp_path):
-    (tmp_path / "store").mkdir()
-    with FileLock(tmp_path / "store" / ".lock"), pytest.raises(InputError, match="another process"):
-        convert(source, tmp_path / "store", PLAN, workers=1)
+@pytest.mark.parametrize(
+    ("first", "second", "meet"),
+    [((0, 1), (0, 1), True), ((0, 1), (1, 3), True), ((1, 4), (0, 2), False), ((2, 4), (0, 2), True)],
+)
+def test_a_second_writer_of_a_shard_is_refused(tmp_path, first, second, meet):
+    with owner(tmp_path, first):
+        if meet:
+            with pytest.raises(InputError, match="another process is converting"), owner(tmp_path, second):
+                pass
+        else:
+            with owner(tmp_path, second):
+                pass
+    with owner(tmp_path, second):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(source, unbroken, tmp_path):
+    store = tmp_path / "store"
+    process = start(source, store)
+    wait_for_shards(process, store, 1)
+    with pytest.raises(InputError, match="another process is converting"):
+        convert(source, store, PLAN, workers=1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert (store / ".owners").exists()
+    convert(source, store, PLAN, workers=1)
+    assert tree(store) == tree(unbroken[0])
 
 
 def test_the_refusal_budget_holds(source, unbroken, tmp_path):
@@ -204,7 +253,7 @@ def test_a_source_without_one_good_scan_makes_no_store(source, tmp_path):
         convert(tmp_path / "source", tmp_path / "store", PLAN, workers=1)
     assert not (tmp_path / "store" / "COMPLETE.json").exists()
     (tmp_path / "source" / "a.nii.gz").write_bytes(b"no header")
-    with pytest.raises(TooManyRefused, match="header that can be read"):
+    with pytest.raises(TooManyRefused, match=r"none of the 1 scans can be taken; the first: a\.nii\.gz: "):
         convert(tmp_path / "source", tmp_path / "other", load(Plan, ROOT / "configs/prep/identity.toml"), workers=1)
 
 
@@ -225,7 +274,7 @@ def test_not_enough_room_is_said_before_anything_is_written(source, tmp_path):
 
 def test_the_command_converts_with_the_identity_plan(source, tmp_path):
     command = [sys.executable, str(ROOT / "data_prep/to_zarr.py"), str(source), str(tmp_path / "store")]
-    options = ["--prep", str(ROOT / "configs/prep/identity.toml"), "--workers", "1"]
+    options = ["--prep", str(ROOT / "configs/prep/identity.toml"), "--workers", "1", "min_extent_mm=0"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "12 scans taken, 1 refused" in done.stdout

@@ -16,13 +16,14 @@ ORDER = [
         "config", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
-        "nifti", "discover", "foreground", "preprocess", "pool", "convert", "anatomy", "phantom",
+        "nifti", "bids", "discover", "foreground", "preprocess", "pool", "ownership", "pseudonyms", "shards", "convert",
+        "estimate", "verify", "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine", "checkpoint",
-        "metrics", "run_folder", "holdout", "train", "figures", "report", "doctor",
+        "metrics", "run_folder", "holdout", "train", "figures", "qc_figures", "qc", "report", "doctor", "cli_data",
+        "cli_bench", "cli",
     )),
-    "brainscale.cli",
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
 ]  # fmt: skip
@@ -77,7 +78,13 @@ def test_imports_point_one_way():
 
 
 def test_only_the_commands_import_inside_functions():
-    allowed = {"brainscale.cli", "brainscale.__main__", "brainscale_data_prep.to_zarr"}
+    allowed = {
+        "brainscale.cli",
+        "brainscale.cli_data",
+        "brainscale.cli_bench",
+        "brainscale.__main__",
+        "brainscale_data_prep.to_zarr",
+    }
     inner = [
         f"{module}: {name}"
         for module, path in sources().items()

@@ -188,7 +188,7 @@ def test_what_is_not_finite_becomes_background_and_is_counted():
 
 
 @pytest.mark.parametrize(
-    "voxels", [np.zeros((8, 8, 8)), np.full((8, 8, 8), np.nan), np.eye(8)[None] * np.ones((8, 1, 1))]
+    "voxels", [np.zeros((8, 8, 8)), np.full((8, 8, 8), np.nan), np.eye(8)[None] * np.full((8, 1, 1), 1.5)]
 )
 def test_volumes_without_contrast_are_refused(voxels):
     with pytest.raises(Refused) as refused:

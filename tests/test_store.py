@@ -481,7 +481,7 @@ def test_deep_check_finds_every_flipped_bit(copy):
     rng = random.Random(0)
     files = sorted(tree(copy))
     assert len(files) == 13
-    for number in range(52):
+    for number in range(208):
         file = copy / files[number % len(files)]
         bit = rng.randrange(8 * file.stat().st_size)
         flip(file, bit)
