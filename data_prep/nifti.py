@@ -24,12 +24,13 @@ MAX_AXIS_VOXELS = 4096
 MAX_SERIES_BYTES = 64 << 30
 """A series is inflated to its end and not held."""
 SPACING_LIMITS_MM = (0.01, 100.0)
+FURTHEST_MM = 1e6
 PIXDIM_AGREES = 1e-3
 """Shares by which pixdim and affine may differ; 448 real files differ by less than 1e-6."""
 QFORM_AGREES_MM = 0.1
 """How far qform and sform may put a corner apart: a qform's float32 quaternion near a half turn is off by up to 0.09 mm
 at 125 mm; 309 of 310 real files agree to 0.004 mm."""
-SCALING_LIMITS = (1e-12, 1e12)
+SCALING_LIMITS = (1e-15, 1e15)
 FREE_TEXT_FIELDS = ("data_type", "db_name", "descrip", "aux_file", "intent_name")
 RGB_CODES, COMPLEX_CODES = (128, 2304), (32, 1792, 2048)
 MAGICS = {348: (b"n+1\0", b"ni1\0"), 540: (b"n+2\0", b"ni2\0")}
@@ -152,7 +153,7 @@ def _header(content: Content, path: Path) -> nib.Nifti1Header:
     if length == 540 or ".hdr" not in path.suffixes:
         raise Refused("not_nifti", f"its magic is {magic!r}, where NIfTI has n+1 or n+2; export it again as NIfTI")
     analyze, header = header, nib.Nifti1Header(endianness=header.endianness)
-    for name in ("dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope"):
+    for name in ("dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope", "scl_inter"):
         header[name] = analyze[name]  # the rest means something else there, and names the patient
     header["magic"] = b"ni1"
     return header
@@ -223,13 +224,15 @@ def _scaling(header: nib.Nifti1Header, warnings: list[str]) -> tuple[float, floa
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or np.isnan(slope):
         return 1.0, 0.0
-    if not (np.isfinite(slope) and np.isfinite(inter)):
+    low, high = SCALING_LIMITS
+    if not (low <= abs(slope) <= high and abs(inter) <= high):
         raise Refused("unreadable", f"its intensity scaling is slope {slope}, intercept {inter}; export it again")
-    if not (SCALING_LIMITS[0] <= slope <= SCALING_LIMITS[1] and abs(inter) <= SCALING_LIMITS[1]):
-        warnings.append("odd_scaling")
+    if slope < 0:
+        warnings.append("negative_slope")
     return slope, inter
 
 
+@np.errstate(all="ignore")  # numbers that overflow or are none are refused by name
 def _affine(
     header: nib.Nifti1Header, shape: tuple[int, int, int], assume_orientation: str, warnings: list[str]
 ) -> np.ndarray:
@@ -237,7 +240,7 @@ def _affine(
     pixdim = np.asarray(header["pixdim"][1:4], float)
     known = nib.nifti1.xform_codes.value_set() - {0}  # nibabel takes another code for 0 too
     has_sform, has_qform = int(header["sform_code"]) in known, int(header["qform_code"]) in known
-    pixdim_ok = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
+    pixdim_ok = bool((pixdim > 0).all() and (pixdim < FURTHEST_MM).all())
     qform = None
     if has_qform and pixdim_ok:
         header = header.copy()
@@ -261,8 +264,8 @@ def _affine(
         what = f"its qform is no rotation, or its voxel size {pixdim.tolist()} mm is none"
         raise Refused("singular_affine", f"{what}; export it again")
     affine = np.asarray(affine, float)
-    if not np.isfinite(affine).all():
-        raise Refused("singular_affine", "its affine holds numbers that are not finite; export it again")
+    if not _is_sane(affine):
+        raise Refused("singular_affine", "its affine holds numbers that are no positions in mm; export it again")
     spacing = spacing_mm(affine)
     low, high = SPACING_LIMITS_MM
     if not ((spacing > low) & (spacing < high)).all():
@@ -276,8 +279,7 @@ def _affine(
     if not pixdim_ok or (not sheared and np.abs(pixdim / spacing - 1).max() > PIXDIM_AGREES):
         warnings.append("bad_pixdim")
     elif has_sform and has_qform:
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, 8).T
-        if qform is None or _furthest(affine, qform, corners) > QFORM_AGREES_MM:
+        if qform is None or not _is_sane(qform) or _apart_mm(affine, qform, shape) > QFORM_AGREES_MM:
             warnings.append("qform_sform_conflict")
     if int(header["xyzt_units"]) & 7 not in (0, 2):
         warnings.append("odd_units")
@@ -292,8 +294,14 @@ def _assumed(pixdim: np.ndarray, shape: tuple[int, int, int], orientation: str) 
     return affine
 
 
-def _furthest(affine: np.ndarray, other: np.ndarray, ijk: np.ndarray) -> float:
-    return float(np.linalg.norm(voxel_to_mm(affine, ijk) - voxel_to_mm(other, ijk), axis=1).max())
+def _is_sane(affine: np.ndarray) -> bool:
+    return bool((np.abs(affine) < FURTHEST_MM).all())  # false for NaN
+
+
+def _apart_mm(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
+    """How far apart two affines put a corner of the volume at most."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, 8).T
+    return float(np.linalg.norm(voxel_to_mm(affine - other, corners), axis=1).max())
 
 
 def _check_extent(affine: np.ndarray, shape: tuple[int, int, int], min_extent_mm: float) -> None:
