@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 from nibabel.spatialimages import HeaderDataError
 
-from brainscale.geometry import spacing_mm, voxel_to_mm
+from brainscale.geometry import spacing_mm
+from brainscale_data_prep import affines
 from brainscale_data_prep.source_bytes import MAX_BYTES, Content, Refused, stored_bytes, with_retries
 
 __all__ = ["MAX_BYTES", "Refused", "Scan", "axes_to_ras", "read", "read_shape", "write"]
@@ -23,13 +24,6 @@ __all__ = ["MAX_BYTES", "Refused", "Scan", "axes_to_ras", "read", "read_shape", 
 MAX_AXIS_VOXELS = 4096
 MAX_SERIES_BYTES = 64 << 30
 """A series is inflated to its end and not held."""
-SPACING_LIMITS_MM = (0.01, 100.0)
-FURTHEST_MM = 1e6
-PIXDIM_AGREES = 1e-3
-"""Shares by which pixdim and affine may differ; 448 real files differ by less than 1e-6."""
-QFORM_AGREES_MM = 0.1
-"""How far qform and sform may put a corner apart: a qform's float32 quaternion near a half turn is off by up to 0.09 mm
-at 125 mm; 309 of 310 real files agree to 0.004 mm."""
 SCALING_LIMITS = (1e-15, 1e15)
 FREE_TEXT_FIELDS = ("data_type", "db_name", "descrip", "aux_file", "intent_name")
 RGB_CODES, COMPLEX_CODES = (128, 2304), (32, 1792, 2048)
@@ -79,7 +73,7 @@ def read(path: Path, assume_orientation: str = "", frame: int | None = None, min
     dtype = _dtype(header)
     shape, num_frames = _shape(header, dtype, frame, warnings)
     affine = _affine(header, shape, assume_orientation, warnings)
-    _check_extent(affine, shape, min_extent_mm)
+    affines.check_extent(affine, shape, min_extent_mm)
     slope, inter = _scaling(header, warnings)
     offset = _offset(header, pair)
     digest = xxhash.xxh3_128(content.stored)
@@ -113,7 +107,7 @@ def read_shape(
     header = _header(Content(stored_bytes(path, limit=1 << 16)), path)
     shape, _ = _shape(header, _dtype(header), frame, [])
     affine = _affine(header, shape, assume_orientation, [])
-    _check_extent(affine, shape, min_extent_mm)
+    affines.check_extent(affine, shape, min_extent_mm)
     return shape, affine
 
 
@@ -138,7 +132,7 @@ def _header(content: Content, path: Path) -> nib.Nifti1Header:
     head = content.take(348)
     orders = {length: order for order in ("little", "big") for length in MAGICS if _int(head[:4], order) == length}
     if not orders:
-        raise Refused("not_nifti", f"it does not start with a NIfTI header (its first bytes are {head[:8]!r})")
+        raise Refused("not_nifti", f"it does not start with a NIfTI header but with {head[:8]!r}; download it again")
     (length, order), *_ = orders.items()
     head += content.take(length - 348)
     if len(head) < length:
@@ -204,18 +198,23 @@ def _shape(
     if len(axes) != 3:
         raise Refused("not_3d", f"it has the shape {axes}, not that of a volume; leave it out of the source")
     if max(axes) > MAX_AXIS_VOXELS:
-        raise Refused("too_large", f"its header announces {axes} voxels; at most {MAX_AXIS_VOXELS} per axis are read")
+        raise Refused(
+            "too_large", f"its header announces {axes} voxels; at most {MAX_AXIS_VOXELS} per axis, so crop it"
+        )
     x, y, z = axes
     num_bytes = x * y * z * dtype.itemsize
     if num_bytes > MAX_BYTES or num_bytes * num_frames > MAX_SERIES_BYTES:
-        raise Refused("too_large", f"its header announces {num_bytes * num_frames} bytes; at most {MAX_BYTES} are read")
+        limit = MAX_BYTES if num_bytes > MAX_BYTES else MAX_SERIES_BYTES
+        raise Refused("too_large", f"its header announces {num_bytes * num_frames} bytes; at most {limit}, so crop it")
     return (x, y, z), num_frames
 
 
 def _offset(header: nib.Nifti1Header, pair: bool) -> int:
     offset, least = float(header["vox_offset"]), 0 if pair else header.sizeof_hdr
     if not (least <= offset <= MAX_BYTES and offset == int(offset)):
-        raise Refused("not_nifti", f"its voxels are said to start at byte {offset:g}, inside the header or nowhere")
+        raise Refused(
+            "not_nifti", f"its voxels are said to start at byte {offset:g}, where none can be; export it again"
+        )
     return int(offset)
 
 
@@ -240,83 +239,35 @@ def _affine(
     pixdim = np.asarray(header["pixdim"][1:4], float)
     known = nib.nifti1.xform_codes.value_set() - {0}  # nibabel takes another code for 0 too
     has_sform, has_qform = int(header["sform_code"]) in known, int(header["qform_code"]) in known
-    pixdim_ok = bool((pixdim > 0).all() and (pixdim < FURTHEST_MM).all())
-    qform = None
-    if has_qform and pixdim_ok:
-        header = header.copy()
-        header["pixdim"][0] = header["pixdim"][0] or 1  # NIfTI: 0 is read as 1; nibabel refuses it
-        with suppress(ValueError, HeaderDataError):
-            qform = header.get_qform()
+    qform = _qform(header) if has_qform and affines.are_spacings(pixdim) else None
     if has_sform:
-        affine = header.get_sform()
-    elif has_qform:
+        affine = np.asarray(header.get_sform(), float)
+    elif has_qform and qform is not None:
         affine = qform
-    elif assume_orientation:
+    elif assume_orientation and not has_qform and affines.are_spacings(pixdim):
         warnings.append("assumed_orientation")
-        affine = _assumed(pixdim, shape, assume_orientation) if pixdim_ok else None
+        affine = affines.assumed(pixdim, shape, assume_orientation)
+    elif assume_orientation or has_qform:
+        what = f"its qform is no rotation, or its voxel size {pixdim.tolist()} mm is none"
+        raise Refused("singular_affine", f"{what}; export it again")
     else:
         raise Refused(
             "no_affine",
             "its header gives no orientation (no sform, no qform), so left and right are unknown; "
             "if you know them, say so with --assume-orientation RAS",
         )
-    if affine is None:
-        what = f"its qform is no rotation, or its voxel size {pixdim.tolist()} mm is none"
-        raise Refused("singular_affine", f"{what}; export it again")
-    affine = np.asarray(affine, float)
-    if not _is_sane(affine):
-        raise Refused("singular_affine", "its affine holds numbers that are no positions in mm; export it again")
-    spacing = spacing_mm(affine)
-    low, high = SPACING_LIMITS_MM
-    if not ((spacing > low) & (spacing < high)).all():
-        raise Refused("singular_affine", f"its affine has voxels of {_mm(spacing)} mm; export it again")
-    directions = affine[:3, :3] / spacing
-    if abs(np.linalg.det(directions)) < 0.05:
-        raise Refused("singular_affine", "two axes of its affine point the same way; export it again")
-    sheared = np.abs(directions.T @ directions - np.eye(3)).max() > 1e-3
-    if sheared:
-        warnings.append("sheared")
-    if not pixdim_ok or (not sheared and np.abs(pixdim / spacing - 1).max() > PIXDIM_AGREES):
-        warnings.append("bad_pixdim")
-    elif has_sform and has_qform:
-        if qform is None or not _is_sane(qform) or _apart_mm(affine, qform, shape) > QFORM_AGREES_MM:
-            warnings.append("qform_sform_conflict")
+    affines.check(affine, qform if has_qform else affine, pixdim, shape, warnings)
     if int(header["xyzt_units"]) & 7 not in (0, 2):
         warnings.append("odd_units")
     return affine
 
 
-def _assumed(pixdim: np.ndarray, shape: tuple[int, int, int], orientation: str) -> np.ndarray:
-    """The affine of voxels that run as `orientation` says, with the volume's centre at 0."""
-    affine = np.diag([*pixdim, 1.0])
-    affine[:3] *= [[1] if code in "RAS" else [-1] for code in orientation]
-    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
-    return affine
-
-
-def _is_sane(affine: np.ndarray) -> bool:
-    return bool((np.abs(affine) < FURTHEST_MM).all())  # false for NaN
-
-
-def _apart_mm(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
-    """How far apart two affines put a corner of the volume at most."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, 8).T
-    return float(np.linalg.norm(voxel_to_mm(affine - other, corners), axis=1).max())
-
-
-def _check_extent(affine: np.ndarray, shape: tuple[int, int, int], min_extent_mm: float) -> None:
-    extent_mm = spacing_mm(affine) * shape
-    thinnest = int(extent_mm.argmin())
-    if extent_mm[thinnest] < min_extent_mm - 1e-3:
-        raise Refused(
-            "thin_slab",
-            f"it covers {extent_mm[thinnest]:.4g} mm along its {'ijk'[thinnest]} axis; "
-            f"at least {min_extent_mm:g} mm are needed (min_extent_mm)",
-        )
-
-
-def _mm(lengths: np.ndarray) -> str:
-    return " × ".join(f"{length:.4g}" for length in lengths)
+def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    header = header.copy()
+    header["pixdim"][0] = header["pixdim"][0] or 1  # NIfTI: 0 is read as 1; nibabel refuses it
+    with suppress(ValueError, HeaderDataError):
+        return np.asarray(header.get_qform(), float)
+    return None
 
 
 # --------------------------------------------------------------------------------------------- writing

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from brainscale.config import Plan
 from brainscale.geometry import voxel_to_mm
-from brainscale_data_prep import nifti
+from brainscale_data_prep import affines, nifti
 from brainscale_data_prep.nifti import Refused
 from brainscale_data_prep.preprocess import prepare
 
@@ -179,10 +179,10 @@ def test_damaged_headers_are_refused_or_read_as_nibabel_reads_them(tmp_path, cou
     assert len(lines) == count and last["peak_bytes"] < ENOUGH_BYTES
     taken = [line for line in lines if not line["code"]]
     assert 0.5 * count < len(taken) < 0.97 * count
-    assert any(line["moved_mm"] > nifti.QFORM_AGREES_MM for line in taken)
+    assert any(line["moved_mm"] > affines.QFORM_AGREES_MM for line in taken)
     silent = [line for line in taken if not line["warnings"]]
     loose = SILENT_MOVES.get(forms, set())
-    assert not [line for line in silent if line["moved_mm"] > nifti.QFORM_AGREES_MM and not loose & {*line["fields"]}]
+    assert not [line for line in silent if line["moved_mm"] > affines.QFORM_AGREES_MM and not loose & {*line["fields"]}]
     scaling = {"scl_slope", "scl_inter"}
     assert not [line for line in silent if not line["same_values"] and not scaling & {*line["fields"]}]
     assert all("assumed_orientation" in line["warnings"] for line in taken if line["kind"] == "analyze.hdr")
