@@ -39,6 +39,7 @@ setup(
         "filelock>=3.15",
         "isal>=1.7",
         "bids2table>=2.3",
+        "bidsschematools>=1.0",
         "pydantic>=2.11,<2.13",
         "cyclopts>=4,<6",
         "rich>=13",
@@ -53,6 +54,7 @@ setup(
         "gpu": ["nvidia-ml-py>=12"],
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         "peers": ["monai>=1.5.2", "torchio", "SimpleITK", "nifti-zarr>=1.0.0rc8"],
+        "viewers": ["napari-ome-zarr>=0.10"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",

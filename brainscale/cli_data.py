@@ -137,7 +137,7 @@ def to_zarr(
         discover.find,
         suffixes=suffix.split(",") if suffix else None,
         entities=dict(pair(text) for text in entity),
-        mask_pipeline=masks or "",
+        mask_pipeline=masks or ("" if settings.foreground in ("auto", "mask") else "none"),
         follow_links=follow_links,
         participant_columns=participants.split(",") if participants is not None else discover.PARTICIPANT_COLUMNS,
     )

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from brainscale_data_prep.intensity import percentiles
 from brainscale_data_prep.nifti import Refused, Scan
 
 CONSTANT_BACKGROUND_SHARE = 0.4
@@ -29,27 +30,33 @@ def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, bool]:
     voxels = scan.voxels
     if not voxels.dtype.isnative:
         voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K")
-    finite = np.isfinite(voxels) if voxels.dtype.kind == "f" else np.True_
-    num_bad = 0 if finite is np.True_ else voxels.size - int(np.count_nonzero(finite))
-    if num_bad == voxels.size:
-        raise Refused("constant", "none of its voxels is a finite number")
+    low, high = voxels.min(), voxels.max()  # NaN and infinity show in one of them
+    num_bad = 0
+    if not np.isfinite((low, high)).all():
+        finite = np.isfinite(voxels)
+        num_bad = voxels.size - int(np.count_nonzero(finite))
+        if num_bad == voxels.size:
+            raise Refused("constant", "none of its voxels is a finite number")
+        low, high = voxels[finite].min(), voxels[finite].max()
     faces = np.concatenate([np.moveaxis(voxels, axis, 0)[side].ravel() for axis in range(3) for side in (0, -1)])
     faces = faces[np.isfinite(faces)]
-    known = voxels[finite] if num_bad else voxels
-    low, high = known.min(), known.max()
     if low == high:
         raise Refused("constant", f"all its voxels have the value {float(low) * scan.slope + scan.inter:g}")
     values, counts = np.unique(faces, return_counts=True)
+    constant = None
     if values.size and 2 * faces.size >= _face_voxels(voxels.shape):
-        background = values[counts.argmax()]
-        if np.count_nonzero(voxels == background) < CONSTANT_BACKGROUND_SHARE * voxels.size:
+        background = commonest = values[counts.argmax()]
+        constant = np.count_nonzero(voxels == background) >= CONSTANT_BACKGROUND_SHARE * voxels.size
+        if not constant:
             background = np.quantile(faces, 0.1 if scan.slope > 0 else 0.9, method="lower")
+            constant = constant if background == commonest else None
     else:
         background = low if scan.slope > 0 else high
     if num_bad:
         warnings.append(f"non_finite:{num_bad}")
         voxels = np.where(finite, voxels, background)
-    constant = np.count_nonzero(voxels == background) >= CONSTANT_BACKGROUND_SHARE * voxels.size
+    if constant is None or num_bad:
+        constant = np.count_nonzero(voxels == background) >= CONSTANT_BACKGROUND_SHARE * voxels.size
     return voxels, background, bool(constant)
 
 
@@ -117,7 +124,7 @@ def _beside(volume: np.ndarray, background: Any) -> tuple[np.ndarray, np.ndarray
 
 def otsu(values: np.ndarray) -> float:
     """Threshold of the largest variance between two classes (Otsu 1979), over 256 bins of the 0.1-99.9 percentiles."""
-    low, high = np.percentile(values, (0.1, 99.9))
+    low, high = percentiles(values.flatten(), 0.1, 99.9)
     if low == high:
         low, high = values.min(), values.max()
     counts, edges = np.histogram(values, bins=256, range=(float(low), float(high)))
@@ -135,12 +142,14 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     labels, num_labels = ndimage.label(mask)
     if num_labels < 2:
         return mask
-    return labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    return labels == np.bincount(labels[mask]).argmax()
 
 
 def cell_shares(inside: np.ndarray, cell: int) -> np.ndarray:
     """Share of foreground per cell³ of a (Z,Y,X) mask, as uint8 0..255."""
     gz, gy, gx = (n // cell for n in inside.shape)
-    total = inside.reshape(gz, cell, gy * cell * gx * cell).sum(axis=1, dtype=np.uint32)
-    total = total.reshape(gz, gy, cell, gx * cell).sum(axis=2).reshape(gz, gy, gx, cell).sum(axis=3)
-    return np.rint(total * (255 / cell**3)).astype(np.uint8)
+    small = np.uint8 if cell**3 <= 255 else np.uint32
+    total = inside.view(np.uint8).reshape(gz, cell, gy * cell * gx * cell).sum(axis=1, dtype=small)
+    total = total.reshape(gz, gy, cell, gx * cell).sum(axis=2, dtype=small).reshape(gz, gy, gx, cell)
+    shares = sum((total[..., i] for i in range(1, cell)), start=total[..., 0])  # quicker than sum along the last axis
+    return np.rint(shares * (255 / cell**3)).astype(np.uint8)

@@ -25,7 +25,9 @@ from brainscale_data_prep.foreground import (
     label_like,
     largest_component,
 )
+from brainscale_data_prep.intensity import above, keep_integers, level_statistics, quantise, statistics, stays_integer
 from brainscale_data_prep.nifti import Refused, Scan, axes_to_ras
+from brainscale_data_prep.resampling import cut, resample
 
 COARSE_MM = 2.0
 """The foreground's bounding box is found on every n-th voxel, about this far apart."""
@@ -62,7 +64,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
     step = target / spacing if resampled else np.ones(3)
 
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
-    coarse = _above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
+    coarse = above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
     stripped = is_stripped(coarse, constant_background)
     method = _method(plan, mask is not None, stripped)
     if mask is not None and method == "mask":
@@ -88,23 +90,27 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
     if cropped > plan.warn_cropped_fraction:
         warnings.append("cropped")
 
-    # `grid` holds value − background, so that what lies outside the scan is 0
-    if resampled:
-        grid = resample(raw, background, scan.slope, first, step, grid_xyz)
-    else:
-        raw = cut(raw, first, grid_xyz, background)
-        grid = _above(raw, background, scan.slope)
-    inside = (grid > threshold) & _covered(shape_xyz, first, step, grid_xyz)
+    inside = _covered(shape_xyz, first, step, grid_xyz)
     if mask is not None and method == "mask":
         inside &= sample_mask(mask, plan, affine, first, step, grid_xyz)
-    numbers = statistics(grid[inside], plan)
-    if not resampled and _stays_integer(raw, plan):
+    if not resampled and stays_integer(raw, plan):
+        raw = cut(raw, first, grid_xyz, background)
+        numbers = _count(raw, inside, background, scan.slope, threshold, plan)
         stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
-    elif plan.dtype == "float32":
-        exact = raw * np.float64(scan.slope) + scan.inter if not resampled else grid + np.float32(base)
-        stored, scale, offset, background_code = exact.astype(np.float32), 1.0, 0.0, float(np.float32(base))
     else:
-        stored, scale, offset, background_code = quantise(grid, base, numbers["std"], plan, warnings)
+        # `grid` holds value − background, so that what lies outside the scan is 0
+        if resampled:
+            grid = resample(raw, background, scan.slope, first, step, grid_xyz)
+        else:
+            raw = cut(raw, first, grid_xyz, background)
+            grid = above(raw, background, scan.slope)
+        inside &= grid > threshold
+        numbers = statistics(grid[inside], plan)
+        if plan.dtype == "float32":
+            exact = raw * np.float64(scan.slope) + scan.inter if not resampled else grid + np.float32(base)
+            stored, scale, offset, background_code = exact.astype(np.float32), 1.0, 0.0, float(np.float32(base))
+        else:
+            stored, scale, offset, background_code = quantise(grid, base, numbers["std"], plan, warnings)
 
     to_grid = np.eye(4)
     to_grid[[0, 1, 2], [0, 1, 2]], to_grid[:3, 3] = step, first
@@ -127,7 +133,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
         "clip_low": numbers["clip_low"] + base,
         "clip_high": numbers["clip_high"] + base,
         "foreground_threshold": threshold + base if threshold > EVERYTHING else EVERYTHING,
-        "foreground_fraction": float(inside.mean()),
+        "foreground_fraction": np.count_nonzero(inside) / inside.size,
         "skull_stripped": stripped,
         "foreground_method": method,
     }
@@ -160,14 +166,21 @@ def canonical(voxels: np.ndarray, affine: np.ndarray, orientation: str = "RAS") 
     return flipped.transpose(order), affine @ to_source
 
 
-def _above(raw: np.ndarray, background: Any, slope: float) -> np.ndarray:
-    """float32 value − background in original units, C order; wide types are subtracted before they are rounded."""
-    above = np.empty(raw.shape, np.float32)
-    wide = raw.dtype.itemsize > 2 and raw.dtype != np.float32
-    np.subtract(raw, background, out=above, dtype=np.float64 if wide else np.float32, casting="unsafe")
-    if slope != 1:
-        above *= np.float32(slope)
-    return above
+def _count(
+    raw: np.ndarray, inside: np.ndarray, background: Any, slope: float, threshold: float, plan: Plan
+) -> dict[str, float]:
+    """Statistics of integer voxels; leaves in `inside` those whose value − background is above the threshold."""
+    lowest, highest = int(raw.min()), int(raw.max())
+    levels = above(np.arange(lowest, highest + 1), background, slope)  # rising or falling, as the slope's sign says
+    is_above = levels > threshold
+    if is_above.all():
+        pass
+    elif slope > 0:
+        inside &= raw > raw.dtype.type(lowest + np.count_nonzero(~is_above) - 1)
+    else:
+        inside &= raw < raw.dtype.type(lowest + np.count_nonzero(is_above))
+    counts = np.bincount(raw[inside].astype(np.intp) - lowest, minlength=levels.size)
+    return level_statistics(levels, counts, plan)
 
 
 # --------------------------------------------------------------------------------------------- placing the grid
@@ -221,12 +234,12 @@ def _inside(
     component: np.ndarray, stride: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]
 ) -> int:
     """Voxels of a coarse (z,y,x) mask that the grid covers."""
-    keep = []
+    covered = []
     for axis in (2, 1, 0):
         at = np.arange(component.shape[2 - axis]) * stride[axis]
         low, high = first[axis] - step[axis] / 2, first[axis] + (grid_xyz[axis] - 0.5) * step[axis]
-        keep.append((at >= low) & (at <= high))
-    return int(np.count_nonzero(component[np.ix_(*keep)]))
+        covered.append(slice(np.searchsorted(at, low, side="left"), np.searchsorted(at, high, side="right")))
+    return int(np.count_nonzero(component[tuple(covered)]))
 
 
 def _covered(shape_xyz: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]) -> np.ndarray:
@@ -236,95 +249,3 @@ def _covered(shape_xyz: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xy
         for at, size in ((first[a] + step[a] * np.arange(grid_xyz[a]), shape_xyz[a]) for a in range(3))
     )
     return z[:, None, None] & y[:, None] & x
-
-
-def cut(volume: np.ndarray, first: np.ndarray, grid_xyz: tuple[int, int, int], fill: Any) -> np.ndarray:
-    """Cut and pad a (z,y,x) volume to the grid whose first voxel is `first` (x,y,z, whole numbers)."""
-    out = np.full(grid_xyz[::-1], fill, volume.dtype)
-    source, target = [], []
-    for start, size, length in zip(first[::-1].astype(int), grid_xyz[::-1], volume.shape):
-        low, high = max(start, 0), min(start + size, length)
-        source.append(slice(low, max(low, high)))
-        target.append(slice(low - start, max(low, high) - start))
-    out[tuple(target)] = volume[tuple(source)]
-    return out
-
-
-# --------------------------------------------------------------------------------------------- resampling
-
-
-def cubic_weights(first: float, step: float, num_out: int, num_in: int) -> tuple[slice, np.ndarray]:
-    """The source range that matters and float32 weights (num_out, range) of 1-D resampling.
-
-    Output i lies at source position first + i·step. Kernel: cubic convolution with a = −1/2 (Keys 1981), stretched by
-    the step when that is above 1, so that what the coarser grid cannot hold is filtered out. Each row sums to 1 with
-    the taps outside the source counted, whose value is 0.
-    """
-    width = max(1.0, step)
-    at = first + step * np.arange(num_out)
-    taps = np.arange(int(np.floor(at[0] - 2 * width)), int(np.ceil(at[-1] + 2 * width)) + 1)
-    x = np.abs(at[:, None] - taps) / width
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    weights /= weights.sum(axis=1, keepdims=True)
-    in_source = (taps >= 0) & (taps < num_in)
-    start = int(taps[in_source][0]) if in_source.any() else 0
-    return slice(start, start + int(in_source.sum())), weights[:, in_source].astype(np.float32)
-
-
-def resample(
-    raw: np.ndarray, background: Any, slope: float, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]
-) -> np.ndarray:
-    """float32 (Z,Y,X) value − background on the grid, from (z,y,x) voxels: cut, resampled, padded in three products."""
-    (along_x, wx), (along_y, wy), (along_z, wz) = (
-        cubic_weights(first[axis], step[axis], grid_xyz[axis], raw.shape[2 - axis]) for axis in range(3)
-    )
-    part = _above(raw[along_z, along_y, along_x], background, slope)
-    part = np.matmul(wy, part @ wx.T)
-    return (wz @ part.reshape(len(part), grid_xyz[1] * grid_xyz[0])).reshape(grid_xyz[::-1])
-
-
-# --------------------------------------------------------------------------------------------- storage
-
-
-def statistics(values: np.ndarray, plan: Plan) -> dict[str, float]:
-    """Clip bounds (percentiles), and mean and deviation after clipping, of the foreground values."""
-    if values.size == 0:
-        raise Refused("constant", "no foreground is left on the grid")
-    low, high = (float(bound) for bound in np.percentile(values, plan.clip_percentiles))
-    clipped = np.clip(values, low, high)
-    mean, std = float(clipped.mean(dtype=np.float64)), float(clipped.std(dtype=np.float64))
-    if not std > 0:
-        raise Refused("constant", "its foreground has one intensity only")
-    return {"mean": mean, "std": std, "clip_low": low, "clip_high": high}
-
-
-def _stays_integer(raw: np.ndarray, plan: Plan) -> bool:
-    if raw.dtype.kind not in "iu" or raw.dtype.itemsize > 2 or plan.dtype == "float32":
-        return False
-    return plan.dtype == "int16" or bool(raw.min() >= 0 and raw.max() <= 255)
-
-
-def keep_integers(raw: np.ndarray, background: Any, scan: Scan, plan: Plan) -> tuple[np.ndarray, float, float, float]:
-    """Stored = voxel, or voxel − 32768 where 16 unsigned bits are used: (volume, scale, offset, background code)."""
-    shift = 32768 if raw.dtype == np.uint16 and raw.max() > 32767 else 0
-    stored = (raw ^ np.uint16(shift)).view(np.int16) if shift else raw.astype(plan.dtype, copy=False)
-    return stored, scan.slope, scan.inter + shift * scan.slope, int(background) - shift
-
-
-def quantise(
-    grid: np.ndarray, base: float, std: float, plan: Plan, warnings: list[str]
-) -> tuple[np.ndarray, float, float, float]:
-    """Round value − background to quanta: (volume, scale, offset, background code)."""
-    low, high = min(float(grid.min()), 0.0), max(float(grid.max()), 0.0)
-    if plan.dtype == "uint8":
-        quantum = (high - low) / 255
-        stored = np.rint((grid - np.float32(low)) / np.float32(quantum)).astype(np.uint8)
-        return stored, quantum, base + low, round(-low / quantum)
-    quantum, needed = std / plan.quanta_per_std, max(-low, high) / 32767
-    if needed > quantum:
-        quantum = needed
-        warnings.append("quantum_widened")
-    stored = np.rint(grid / np.float32(quantum)).astype(np.int16)
-    return stored, quantum, base, 0

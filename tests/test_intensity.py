@@ -1,0 +1,96 @@
+"""The quick ways through a volume against the plain ones: percentiles, counted levels, blocks of resampling, cells."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainscale.config import Plan
+from brainscale_data_prep.foreground import cell_shares
+from brainscale_data_prep.intensity import above, level_statistics, percentiles, statistics
+from brainscale_data_prep.nifti import Refused
+from brainscale_data_prep.resampling import resample
+
+
+def plain_statistics(values, plan):
+    low, high = np.percentile(values.astype(np.float64), plan.clip_percentiles)
+    clipped = np.clip(values.astype(np.float64), low, high)
+    return {"mean": clipped.mean(), "std": clipped.std(), "clip_low": low, "clip_high": high}
+
+
+@given(
+    st.lists(st.integers(-300, 300), min_size=1, max_size=60),
+    st.tuples(st.floats(0, 100), st.floats(0, 100)).map(sorted).filter(lambda pair: pair[0] < pair[1]),
+    st.sampled_from([1.0, 0.5, -0.25]),
+)
+@settings(max_examples=300, deadline=None)
+def test_values_and_counted_levels_have_the_plain_statistics(codes, bounds, slope):
+    plan = Plan(clip_percentiles=tuple(bounds))
+    values = np.array(codes, np.float32) * np.float32(slope)
+    np.testing.assert_allclose(
+        percentiles(values.copy(), *bounds), np.percentile(values.astype(np.float64), bounds), rtol=1e-9, atol=1e-9
+    )
+    levels = np.arange(min(codes), max(codes) + 1, dtype=np.float32) * np.float32(slope)
+    counts = np.bincount(np.array(codes) - min(codes))
+    plain = plain_statistics(values, plan)
+    if plain["std"] < 1e-5:
+        return
+    for found in (statistics(values.copy(), plan), level_statistics(levels, counts, plan)):
+        for name, number in plain.items():
+            assert found[name] == pytest.approx(number, abs=1e-6 * float(np.abs(values).max()))  # float32 values
+
+
+def test_one_intensity_or_none_is_refused():
+    for values in (np.zeros(0, np.float32), np.full(5, 3, np.float32)):
+        with pytest.raises(Refused):
+            statistics(values, Plan())
+    for counts in (np.zeros(3), np.array([0, 7, 0])):
+        with pytest.raises(Refused):
+            level_statistics(np.arange(3.0), counts, Plan())
+
+
+def dense_weights(first, step, num_out, num_in):
+    """The resampling matrix of one axis, by the kernel's definition (Keys 1981, a = −1/2, stretched by the step)."""
+    width = max(1.0, step)
+    at = (first + step * np.arange(num_out))[:, None]
+    taps = np.arange(-300, 300)
+    x = np.abs(at - taps) / width
+    weights = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+    total = weights.sum(axis=1, keepdims=True)
+    return (weights / np.where(total == 0, 1, total))[:, 300 : 300 + num_in]
+
+
+@given(
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.tuples(*[st.integers(1, 70)] * 3),
+    st.tuples(*[st.floats(-12, 12)] * 3),
+    st.tuples(*[st.floats(0.3, 3.0)] * 3),
+    st.sampled_from([np.int16, np.float32, np.float64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_resampling_in_blocks_equals_the_whole_matrices(shape_zyx, grid_xyz, first, step, dtype):
+    """Grids that reach over the scan, lie beside it, or cut it, with fewer and more rows than a block."""
+    first = np.clip(first, -np.array(shape_zyx[::-1]), None)
+    raw = np.random.default_rng(0).integers(-500, 500, shape_zyx).astype(dtype)
+    wz, wy, wx = (dense_weights(first[a], step[a], grid_xyz[a], shape_zyx[2 - a]) for a in (2, 1, 0))
+    plain = np.einsum("az,by,cx,zyx->abc", wz, wy, wx, (raw - 7.0) * 2, optimize=True)
+    for _ in range(2):
+        found = resample(raw, dtype(7), 2.0, np.array(first), np.array(step), grid_xyz)
+    np.testing.assert_allclose(found, plain, atol=2e-3)
+
+
+def test_resampling_leaves_the_scan_as_it_was():
+    raw = np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32)
+    before = raw.copy()
+    resample(raw, np.float32(0), 1.0, np.zeros(3), np.full(3, 1.1), (10, 9, 8))
+    np.testing.assert_array_equal(raw, before)
+    assert not np.shares_memory(above(raw, np.float32(0), 1.0), raw)
+
+
+@pytest.mark.parametrize("cell", [1, 2, 4, 6, 8])
+def test_cells_hold_the_share_of_foreground(cell):
+    inside = np.random.default_rng(cell).random((48, 48, 24)) < 0.3
+    inside[:8] = True
+    z, y, x = (n // cell for n in inside.shape)
+    share = inside.reshape(z, cell, y, cell, x, cell).mean((1, 3, 5))
+    np.testing.assert_array_equal(cell_shares(inside, cell), np.rint(share * 255).astype(np.uint8))
