@@ -2,10 +2,10 @@
 
 "Differs from the source" is asked twice. Of the file as it is damaged: affine and values must be those that nibabel
 reads from the same bytes. Of the file as it was: a damage that moves a voxel or changes a value must carry a warning
-wherever header and file say something twice. Of 20,000 damages to files with sform and qform 751 moved voxels by more
-than 0.1 mm, none without a warning; 515 changed values, 460 of them without: all in slope and intercept, which nothing
-repeats (and which z-scores undo). With an sform alone, its numbers are backed by pixdim and right angles only; with a
-qform alone, by nothing.
+wherever header and file say something twice. Of 16,667 damages to files with sform and qform 685 moved a voxel by more
+than 0.1 mm, none without a warning; 406 changed values, 348 of them without: all in slope and intercept, which nothing
+repeats (z-scores undo them). An sform alone is backed by pixdim and right angles only (94 of 224 moves without a
+warning), a qform alone by nothing.
 """
 
 import gzip
