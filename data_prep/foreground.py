@@ -36,12 +36,14 @@ def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, bool]:
         finite = np.isfinite(voxels)
         num_bad = voxels.size - int(np.count_nonzero(finite))
         if num_bad == voxels.size:
-            raise Refused("constant", "none of its voxels is a finite number")
+            raise Refused("constant", "none of its voxels is a finite number; leave it out")
         low, high = voxels[finite].min(), voxels[finite].max()
     faces = np.concatenate([np.moveaxis(voxels, axis, 0)[side].ravel() for axis in range(3) for side in (0, -1)])
     faces = faces[np.isfinite(faces)]
     if low == high:
-        raise Refused("constant", f"all its voxels have the value {float(low) * scan.slope + scan.inter:g}")
+        raise Refused(
+            "constant", f"all its voxels have the value {float(low) * scan.slope + scan.inter:g}; leave it out"
+        )
     values, counts = np.unique(faces, return_counts=True)
     constant = None
     if values.size and 2 * faces.size >= _face_voxels(voxels.shape):

@@ -11,6 +11,9 @@ import numpy as np
 from brainscale.config import Plan
 from brainscale_data_prep.nifti import Refused, Scan
 
+SMALLEST_STD = 1e-30
+"""Far above the smallest float32, so that a quantum of it is not 0 (integers declared as floats are that small)."""
+
 
 def above(raw: np.ndarray, background: Any, slope: float) -> np.ndarray:
     """float32 value − background in original units, C order; wide types are subtracted before they are rounded."""
@@ -31,7 +34,7 @@ def statistics(values: np.ndarray, plan: Plan) -> dict[str, float]:
     `values` (n,) is put into another order. Raises Refused (`constant`).
     """
     if values.size == 0:
-        raise Refused("constant", "no foreground is left on the grid")
+        raise Refused("constant", "no foreground is left on the grid; choose a larger grid, or leave it out")
     low, high = percentiles(values, *plan.clip_percentiles)
     np.clip(values, low, high, out=values)
     mean = float(values.sum(dtype=np.float64) / values.size)
@@ -63,7 +66,7 @@ def level_statistics(levels: np.ndarray, counts: np.ndarray, plan: Plan) -> dict
     held = counts > 0
     levels, counts = levels[held].astype(np.float64), counts[held].astype(np.float64)
     if levels.size == 0:
-        raise Refused("constant", "no foreground is left on the grid")
+        raise Refused("constant", "no foreground is left on the grid; choose a larger grid, or leave it out")
     order = np.argsort(levels)
     levels, counts = levels[order], counts[order]
     ends = np.cumsum(counts)
@@ -82,8 +85,8 @@ def level_statistics(levels: np.ndarray, counts: np.ndarray, plan: Plan) -> dict
 
 
 def _numbers(low: float, high: float, mean: float, std: float) -> dict[str, float]:
-    if not std > 0:
-        raise Refused("constant", "its foreground has one intensity only")
+    if not std > SMALLEST_STD:
+        raise Refused("constant", "its foreground has one intensity, or none that float32 can tell apart; leave it out")
     return {"mean": mean, "std": std, "clip_low": low, "clip_high": high}
 
 

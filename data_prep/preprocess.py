@@ -76,7 +76,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
         threshold = foreground_threshold(coarse, method, resampled)
         component = largest_component(coarse > threshold)
         if not component.any():
-            raise Refused("constant", "nothing in it is brighter than its background")
+            raise Refused("constant", "nothing in it is brighter than its background; leave it out")
     first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
     if not resampled:
         first = np.floor(first + 0.5)

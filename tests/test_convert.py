@@ -143,12 +143,12 @@ def test_kills_at_random_moments(source, unbroken, tmp_path, workers, tasks):
             shutil.rmtree(store)
         running = [start(source, store, workers, task=task) for task in tasks]
         try:
-            running[0].wait(timeout=rng.uniform(0.5, 4.0))
+            running[0].wait(timeout=rng.uniform(0.8, 3.0))
         except subprocess.TimeoutExpired:
             pass
         for process in running:
             killed += process.poll() is None
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.communicate()
     running = [start(source, store, workers, task=task) for task in tasks]
     for process in running:

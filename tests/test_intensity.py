@@ -94,3 +94,10 @@ def test_cells_hold_the_share_of_foreground(cell):
     z, y, x = (n // cell for n in inside.shape)
     share = inside.reshape(z, cell, y, cell, x, cell).mean((1, 3, 5))
     np.testing.assert_array_equal(cell_shares(inside, cell), np.rint(share * 255).astype(np.uint8))
+
+
+def test_integers_declared_as_floats_are_no_intensities():
+    """int32 read as float32 are values of about 1e-43: a quantum of them would be 0."""
+    tiny = np.arange(1, 1000, dtype=np.int32).view(np.float32)
+    with pytest.raises(Refused, match="float32 can tell apart"):
+        statistics(tiny, Plan())

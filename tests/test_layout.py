@@ -16,9 +16,9 @@ ORDER = [
         "config", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
-        "source_bytes", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground", "resampling",
-        "preprocess", "pool", "ownership",
-        "pseudonyms", "shards", "convert", "estimate", "verify", "export", "anatomy", "phantom",
+        "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
+        "resampling", "preprocess", "pool", "ownership", "pseudonyms", "shards", "convert", "estimate", "verify",
+        "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine", "checkpoint",
