@@ -1,45 +1,87 @@
 """How every benchmark measures and what a line says.
 
-Variants run in turn, A B C A B C …, so that a drift of the machine's speed meets all of them; a line holds median and
-20th and 80th percentile, and the ratio is the median of the ratios taken pair by pair.
+Variants run in turn, A B C, B C A, C A B, …, so that a drift of the machine's speed meets all of them and none always
+finds what another left in the caches; a line holds median and 20th and 80th percentile, and the ratio is the median of
+the ratios taken pair by pair.
 """
 
 import json
+import multiprocessing
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from brainscale import provenance
+from brainscale_data_prep.pool import THREAD_VARIABLES
+
+PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai")
+"""Packages whose versions stand in a line where they are installed, beside those of `provenance`."""
 
 
 def measure(
-    bench: str, case: str, variants: dict[str, Callable[[], Any]], reference: str, n: int = 15, warmup: int = 2
+    bench: str,
+    case: str,
+    variants: dict[str, Callable[[int], Any]],
+    reference: str,
+    n: int = 15,
+    warmup: int = 2,
+    before: Callable[[str, int], Any] | None = None,
+    megabytes: Callable[[int], float] | None = None,
+    bytes_per_volume: dict[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time each variant `n` times in turn, in seconds; a ratio above 1 means faster than `reference`. A line each."""
-    for _ in range(warmup):
-        for run in variants.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(n):
-        for name, run in variants.items():
+    """Time each variant `n` times in turn, in seconds; a ratio above 1 means faster than `reference`. A line each.
+
+    A variant is called with the number of the round, so that all do the same piece of work in it; `before` is called
+    with name and round ahead of every call, untimed, and `megabytes` says how large a round's piece is.
+    """
+    print(f"measuring: {case}", file=sys.stderr, flush=True)
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, n):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if before is not None:
+                before(name, turn + warmup)
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    lines = []
-    for name, times in seconds.items():
-        ratios = [base / own for base, own in zip(seconds[reference], times)]
-        p20, p80 = np.percentile(times, (20, 80))
+            variants[name](turn + warmup)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    lines = _lines(bench, case, "s", seconds, reference)
+    for line in lines:
+        own = seconds[line["variant"]]
+        if megabytes is not None:
+            line["mb_per_s"] = statistics.median(megabytes(turn + warmup) / s for turn, s in enumerate(own))
+        line["bytes_per_volume"] = (bytes_per_volume or {}).get(line["variant"])
+    return lines
+
+
+def compare_sizes(bench: str, case: str, sizes: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
+    """Lines over bytes per volume, an entry per volume; here a ratio below 1 means smaller than `reference`."""
+    lines = _lines(bench, case, "B", sizes, reference)
+    for line in lines:
+        line["bytes_per_volume"] = statistics.fmean(sizes[line["variant"]])
+    return lines
+
+
+def _lines(bench: str, case: str, unit: str, samples: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
+    around, lines = surroundings(), []
+    for name, own in samples.items():
+        ratios = [a / b if unit == "s" else b / a for a, b in zip(samples[reference], own)]
+        p20, p80 = np.percentile(own, (20, 80))
         lines.append(
             {
-                "bench": bench, "case": case, "variant": name, "unit": "s", "median": statistics.median(times),
-                "p20": float(p20), "p80": float(p80), "n": n, "ratio_to": reference,
-                "ratio": statistics.median(ratios), "skipped": None, **surroundings(),
+                "bench": bench, "case": case, "variant": name, "unit": unit, "median": statistics.median(own),
+                "p20": float(p20), "p80": float(p80), "n": len(own), "ratio_to": reference,
+                "ratio": statistics.median(ratios), "mb_per_s": None, "bytes_per_volume": None, "skipped": None,
+                **around,
             }
         )  # fmt: skip
     return lines
@@ -52,25 +94,63 @@ def skipped(bench: str, case: str, variant: str, reason: str) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """Machine, versions, commit and time of a measurement."""
+    versions = provenance.versions()
+    for name in PEERS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
     return {
         "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), "gpu": None, "driver": None},
-        "versions": provenance.versions(),
+        "versions": versions,
         "commit": provenance.commit(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def write(lines: list[dict[str, Any]], path: Path | None) -> None:
+def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a module's function in a fresh process that owns one core and one thread for linear algebra; its result.
+
+    The process is bound to the core before it imports anything, so every library finds one core and sizes its pools so.
+    """
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    core = {max(os.sched_getaffinity(0))}
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, core)) as process:
+            return process.submit(function, *arguments).result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def write(lines: Sequence[dict[str, Any]], path: Path | None) -> None:
     """Print a table, and append the lines to a JSON-lines file."""
+    width = max((len(line["variant"]) for line in lines), default=0)
+    case = ""
     for line in lines:
-        if line["skipped"]:
-            print(f"{line['case']:<40} {line['variant']:<28} skipped: {line['skipped']}")
-        else:
-            print(
-                f"{line['case']:<40} {line['variant']:<28} {1e3 * line['median']:8.2f} ms "
-                f"[{1e3 * line['p20']:.2f}, {1e3 * line['p80']:.2f}]  {line['ratio']:.2f}× {line['ratio_to']}"
-            )
+        if (title := f"{line['bench']}: {line['case']}") != case:
+            case = title
+            print(f"\n{case}")
+        print(f"  {line['variant']:<{width}}  {_figures(line)}".rstrip())
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _figures(line: dict[str, Any]) -> str:
+    if line["skipped"]:
+        return f"skipped: {line['skipped']}"
+    unit, factor = {"s": ("s ", 1.0) if line["median"] >= 1 else ("ms", 1e3), "B": ("MB", 1e-6)}[line["unit"]]
+    median, p20, p80 = (factor * line[key] for key in ("median", "p20", "p80"))
+    spread = f"[{p20:.2f}, {p80:.2f}]"
+    columns = [f"{median:8.2f} {unit} {spread:<18}"]
+    if line["unit"] == "s":
+        columns.append(f"{line['mb_per_s']:6.0f} MB/s" if line["mb_per_s"] else " " * 11)
+        columns.append(f"{line['bytes_per_volume'] / 1e6:6.2f} MB" if line["bytes_per_volume"] else " " * 9)
+    if line["variant"] != line["ratio_to"]:
+        what = "× the speed of" if line["unit"] == "s" else "× the bytes of"
+        columns.append(f"{line['ratio']:.2f}{what} {line['ratio_to']}")
+    return "  ".join(columns)
