@@ -125,6 +125,8 @@ def convert(
     scans = pseudonyms.hide(found.scans, key) if key else found.scans
     if store.exists() and not store.is_dir():
         raise InputError(f"{store} is a file; give the path of a new folder for the store")
+    if not (store / store_files.PLAN).exists():
+        _check_space(store, plan, grid_xyz, -(-num_rows // shard[1]))
     store.mkdir(parents=True, exist_ok=True)
     summary = Summary(store=store, skipped=found.skipped)
     with ownership.owner(store, shard):
@@ -258,7 +260,8 @@ def _check_scan_list(store: Path, scans: list[ScanFile], was_complete: bool) -> 
 
 def _check_space(store: Path, plan: Plan, grid_xyz: Grid, volumes: int) -> None:
     need = int(COMPRESSED_SHARE * volumes * math.prod(grid_xyz) * np.dtype(plan.dtype).itemsize)
-    free = shutil.disk_usage(store).free
+    existing = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     if need > free:
         raise InputError(
             f"{volumes} volumes need about {need / 1e9:.1f} GB and the disk of {store} has {free / 1e9:.1f} GB free; "

@@ -270,6 +270,7 @@ def test_not_enough_room_is_said_before_anything_is_written(source, tmp_path):
     plan = Plan(grid_voxels_xyz=(40000, 40000, 40000))
     with pytest.raises(InputError, match="GB free"):
         convert(source, tmp_path / "store", plan, workers=1)
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_command_converts_with_the_identity_plan(source, tmp_path):
