@@ -22,8 +22,8 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine", "checkpoint",
-        "metrics", "run_folder", "holdout", "train", "figures", "qc_scans", "qc_figures", "qc", "report", "doctor", "cli_data",
-        "cli_bench", "cli",
+        "metrics", "run_folder", "holdout", "train", "figures", "qc_scans", "qc_figures", "qc", "report", "doctor",
+        "cli_data", "cli_bench", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
