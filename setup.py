@@ -37,7 +37,7 @@ setup(
         "google-crc32c>=1.5",
         "xxhash>=3.4",
         "filelock>=3.15",
-        "isal>=1.7",
+        "isal>=1.7,<2",
         "bids2table>=2.3",
         "bidsschematools>=1.0",
         "pydantic>=2.11,<2.13",

@@ -8,29 +8,57 @@ bench = App(
     name="bench",
     help="""Measurements against what you would pick instead; JSON lines with machine and commit.
 
+Example: brainscale bench convert data/bids --json results.jsonl
+
 Example: brainscale bench read stores/brains --source data/bids --json results.jsonl""",
     help_format="markdown",
 )
 
 
 @bench.command
-def read(store: Path, /, *, source: Path | None = None, quick: bool = False, json: Path | None = None) -> None:
-    """Time reading whole volumes from a store, against zarr-python and nibabel.
+def convert(*sources: Path, quick: bool = False, json: Path | None = None) -> None:
+    """Time conversion on one core against nifti-zarr, nibabel, scipy, SimpleITK and MONAI, and compare the bytes.
+
+    Without and with resampling to 1 mm, on the same files in turn; every variant's output is checked. Peers that are
+    not installed are skipped with the command that installs them.
+
+    Example: brainscale bench convert data/stripped data/heads --json results.jsonl
+
+    Parameters
+    ----------
+    sources
+        Folders of scans; skull-stripped scans and whole heads are told apart. None: synthetic brains and heads.
+    quick
+        Few scans and runs, and a 2 mm grid.
+    json
+        File that the lines are appended to.
+    """
+    from brainscale.bench import convert as bench_convert
+    from brainscale.bench.record import write
+
+    write(bench_convert.run(sources, quick), json)
+
+
+@bench.command
+def read(
+    store: Path | None = None, /, *, source: Path | None = None, quick: bool = False, json: Path | None = None
+) -> None:
+    """Time reading volumes and 96³ crops, by codec, chunk and state of the page cache, against zarr-python and nibabel.
 
     Example: brainscale bench read stores/brains --source data/bids --json results.jsonl
 
     Parameters
     ----------
     store
-        A finished store.
+        A finished store, whose volumes are encoded in other ways too. None: one of synthetic brains.
     source
         The folder it was made from, to time nibabel on the same scans.
     quick
-        Fewer repetitions.
+        Few volumes, reads and encodings.
     json
         File that the lines are appended to.
     """
     from brainscale.bench import read as bench_read
     from brainscale.bench.record import write
 
-    write(bench_read.run(store, source, 10 if quick else 60), json)
+    write(bench_read.run(store, source, quick), json)

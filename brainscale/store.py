@@ -148,14 +148,18 @@ def write_shard(path: Path, shard: int, volumes: np.ndarray, foreground: np.ndar
                 f"shard {shard} of {path / name} takes {arrays[name].dtype} of {shape}, "
                 f"got {block.dtype} of {block.shape}"
             )
+    # Names become durable when the store is finished: until then a file lost to a power cut is a shard to make again,
+    # but for a record that outlives the shard it was about.
     journal = store_files.journal_name(shard)
-    (path / journal).unlink(missing_ok=True)
+    if (path / journal).exists():
+        (path / journal).unlink()
+        store_files.sync_tree((path / journal).parent)
     files = {}
     for name, block in blocks.items():
         arrays[name][rows.start : rows.stop] = block
         file = _shard_file(name, shard)
-        files[file] = store_files.write(path, file, memoryview(memory.pop(file).as_numpy_array()))
-    store_files.write(path, journal, store_files.to_json({"files": files, "records": records}))
+        files[file] = store_files.write(path, file, memoryview(memory.pop(file).as_numpy_array()), False)
+    store_files.write(path, journal, store_files.to_json({"files": files, "records": records}), False)
 
 
 def finished_shards(path: Path) -> set[int]:
@@ -192,6 +196,7 @@ def finish(path: Path) -> None:
             f"{path}: {missing} of {len(shards)} shards are not written; run the conversion again as before"
         )
     else:
+        store_files.sync_tree(path)
         store_files.write_tables(path, shards)
         num_rows, *grid_zyx = zarr.open_array(path / "volumes", mode="r").shape
         store_files.write_complete(path, num_rows, grid_zyx, written, METADATA)

@@ -47,10 +47,11 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=0, allow_nan=False) + "\n").encode()
 
 
-def write(root: Path, name: str, data: bytes | memoryview) -> dict[str, Any]:
+def write(root: Path, name: str, data: bytes | memoryview, sync_folders: bool = True) -> dict[str, Any]:
     """Put `root/name` in place whole and on disk; returns its size and hash, as COMPLETE.json lists them.
 
-    The temporary name is fixed, since a file has one owner: what a kill leaves behind, the next try replaces.
+    The temporary name is fixed, since a file has one owner: what a kill leaves behind, the next try replaces. Without
+    `sync_folders` a power cut may lose the name, though never leave half a file.
     """
     file = root / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,21 @@ def write(root: Path, name: str, data: bytes | memoryview) -> dict[str, Any]:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
-    for folder in PurePosixPath(name).parents:
-        handle = os.open(root / folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    for folder in PurePosixPath(name).parents if sync_folders else ():
+        _sync(root / folder)
     return listing(data)
+
+
+def sync_tree(root: Path) -> None:
+    """Make the names of all files and folders below `root` durable."""
+    for folder, _, _ in os.walk(root):
+        _sync(Path(folder))
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def listing(data: bytes | memoryview) -> dict[str, Any]:

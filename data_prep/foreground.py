@@ -21,11 +21,12 @@ FEW_VALUES, REPEATED_SHARE = 8, 0.4
 SAMPLE_VOXELS, FEWEST_VOXELS = 100_000, 1_000
 
 
-def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, bool]:
-    """Voxels in native byte order without NaN or infinity, the background as a voxel value, and whether it is constant.
+def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, np.ndarray | None]:
+    """Voxels in native byte order without NaN or infinity, the background as a voxel value, and, where the background
+    is constant (fills ≥ 40 % of the volume), which voxels differ from it.
 
-    The background is the commonest value on the volume's faces where that fills ≥ 40 % of the volume, else the faces'
-    10th percentile (air). Voxels that are not finite take its value, and the lowest one where they are the faces.
+    The background is the commonest value on the volume's faces where that is constant, else the faces' 10th percentile
+    (air). Voxels that are not finite take its value, and the lowest one where they are the faces.
     """
     voxels = scan.voxels
     if not voxels.dtype.isnative:
@@ -45,31 +46,28 @@ def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, bool]:
             "constant", f"all its voxels have the value {float(low) * scan.slope + scan.inter:g}; leave it out"
         )
     values, counts = np.unique(faces, return_counts=True)
-    constant = None
+    background, differs = low if scan.slope > 0 else high, None
     if values.size and 2 * faces.size >= _face_voxels(voxels.shape):
-        background = commonest = values[counts.argmax()]
-        constant = np.count_nonzero(voxels == background) >= CONSTANT_BACKGROUND_SHARE * voxels.size
-        if not constant:
-            background = np.quantile(faces, 0.1 if scan.slope > 0 else 0.9, method="lower")
-            constant = constant if background == commonest else None
-    else:
-        background = low if scan.slope > 0 else high
+        background = values[counts.argmax()]
+        differs = voxels != background
+        if not _leaves_constant(differs):
+            air = np.quantile(faces, 0.1 if scan.slope > 0 else 0.9, method="lower")
+            background, differs = air, differs if air == background else None
     if num_bad:
         warnings.append(f"non_finite:{num_bad}")
         voxels = np.where(finite, voxels, background)
-    if constant is None or num_bad:
-        constant = np.count_nonzero(voxels == background) >= CONSTANT_BACKGROUND_SHARE * voxels.size
-    return voxels, background, bool(constant)
+    if differs is None or num_bad:
+        differs = voxels != background
+    return voxels, background, differs if _leaves_constant(differs) else None
+
+
+def _leaves_constant(differs: np.ndarray) -> bool:
+    return bool(np.count_nonzero(differs) <= (1 - CONSTANT_BACKGROUND_SHARE) * differs.size)
 
 
 def _face_voxels(shape: tuple[int, ...]) -> int:
     x, y, z = shape
     return 2 * (x * y + y * z + x * z)
-
-
-def is_stripped(coarse: np.ndarray, constant_background: bool) -> bool:
-    """Whether a volume (`coarse`: value − background) is skull-stripped: one compact object on constant background."""
-    return constant_background and _is_compact(coarse > 0)
 
 
 def foreground_threshold(coarse: np.ndarray, method: str, resampled: bool) -> float:
@@ -81,8 +79,8 @@ def foreground_threshold(coarse: np.ndarray, method: str, resampled: bool) -> fl
     return RIM_SHARE * float(np.median(coarse[coarse > 0])) if resampled and (coarse > 0).any() else 0.0
 
 
-def _is_compact(mask: np.ndarray) -> bool:
-    component = largest_component(mask)
+def is_compact(component: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the largest component of a coarse mask is nearly all of it and solid, as a skull-stripped brain is."""
     size = np.count_nonzero(component)
     if size == 0 or size < COMPONENT_SHARE * np.count_nonzero(mask):
         return False

@@ -61,6 +61,30 @@ def _select(values: np.ndarray, percentile: float, total: int, before: int) -> t
     return rank, lower + (upper - lower) * (position - rank)
 
 
+def count_levels(
+    raw: np.ndarray, within: np.ndarray | None, background: Any, slope: float, threshold: float, plan: Plan
+) -> tuple[dict[str, float], np.ndarray]:
+    """`statistics` of integer voxels, and which of them are foreground: those above the threshold, and `within` a mask.
+
+    Values rise or fall with the voxels, as the slope's sign says, so the threshold is a comparison of integers.
+    """
+    if raw.size == 0:
+        raise Refused("constant", "no foreground is left on the grid; choose a larger grid, or leave it out")
+    lowest, highest = int(raw.min()), int(raw.max())
+    levels = above(np.arange(lowest, highest + 1), background, slope)
+    is_above = levels > threshold
+    if is_above.all():
+        inside = np.ones(raw.shape, bool)
+    elif slope > 0:
+        inside = raw > raw.dtype.type(lowest + np.count_nonzero(~is_above) - 1)
+    else:
+        inside = raw < raw.dtype.type(lowest + np.count_nonzero(is_above))
+    if within is not None:
+        inside &= within
+    counts = np.bincount(raw[inside].astype(np.intp) - lowest, minlength=levels.size)
+    return level_statistics(levels, counts, plan), inside
+
+
 def level_statistics(levels: np.ndarray, counts: np.ndarray, plan: Plan) -> dict[str, float]:
     """`statistics` of the values `levels` (rising or falling), each of which occurs `counts` times."""
     held = counts > 0
@@ -71,17 +95,16 @@ def level_statistics(levels: np.ndarray, counts: np.ndarray, plan: Plan) -> dict
     levels, counts = levels[order], counts[order]
     ends = np.cumsum(counts)
 
-    def at(rank: float) -> float:
-        return float(levels[min(np.searchsorted(ends, rank, side="right"), levels.size - 1)])
-
-    bounds = []
-    for percentile in plan.clip_percentiles:
+    def at(percentile: float) -> float:
         position = percentile / 100 * (ends[-1] - 1)
-        lower, upper = at(np.floor(position)), at(np.floor(position) + 1)
-        bounds.append(lower + (upper - lower) * (position - np.floor(position)))
-    clipped = np.clip(levels, *bounds)
+        rank = np.floor(position)
+        lower, upper = levels[np.minimum(np.searchsorted(ends, (rank, rank + 1), side="right"), levels.size - 1)]
+        return float(lower + (upper - lower) * (position - rank))
+
+    low, high = map(at, plan.clip_percentiles)
+    clipped = np.clip(levels, low, high)
     mean = float(counts @ clipped / ends[-1])
-    return _numbers(*bounds, mean, float(np.sqrt(counts @ (clipped - mean) ** 2 / ends[-1])))
+    return _numbers(low, high, mean, float(np.sqrt(counts @ (clipped - mean) ** 2 / ends[-1])))
 
 
 def _numbers(low: float, high: float, mean: float, std: float) -> dict[str, float]:
@@ -93,16 +116,16 @@ def _numbers(low: float, high: float, mean: float, std: float) -> dict[str, floa
 # --------------------------------------------------------------------------------------------- storage
 
 
-def stays_integer(raw: np.ndarray, plan: Plan) -> bool:
-    """Whether voxels fit the storage type as they are."""
+def stays_integer(raw: np.ndarray, background: Any, plan: Plan) -> bool:
+    """Whether voxels and their background fit the storage type as they are."""
     if raw.dtype.kind not in "iu" or raw.dtype.itemsize > 2 or plan.dtype == "float32":
         return False
-    return plan.dtype == "int16" or bool(raw.min() >= 0 and raw.max() <= 255)
+    return plan.dtype == "int16" or bool(raw.min(initial=background) >= 0 and raw.max(initial=background) <= 255)
 
 
 def keep_integers(raw: np.ndarray, background: Any, scan: Scan, plan: Plan) -> tuple[np.ndarray, float, float, float]:
     """Stored = voxel, or voxel − 32768 where 16 unsigned bits are used: (volume, scale, offset, background code)."""
-    shift = 32768 if raw.dtype == np.uint16 and raw.max() > 32767 else 0
+    shift = 32768 if raw.dtype == np.uint16 and raw.max(initial=background) > 32767 else 0
     stored = (raw ^ np.uint16(shift)).view(np.int16) if shift else raw.astype(plan.dtype, copy=False)
     return stored, scan.slope, scan.inter + shift * scan.slope, int(background) - shift
 
@@ -111,7 +134,7 @@ def quantise(
     grid: np.ndarray, base: float, std: float, plan: Plan, warnings: list[str]
 ) -> tuple[np.ndarray, float, float, float]:
     """Round value − background to quanta: (volume, scale, offset, background code). `grid` is overwritten."""
-    low, high = min(float(grid.min()), 0.0), max(float(grid.max()), 0.0)
+    low, high = float(grid.min(initial=0.0)), float(grid.max(initial=0.0))
     if plan.dtype == "uint8":
         quantum = (high - low) / 255
         grid -= np.float32(low)

@@ -21,13 +21,13 @@ from brainscale_data_prep.foreground import (
     cell_shares,
     clean,
     foreground_threshold,
-    is_stripped,
+    is_compact,
     label_like,
     largest_component,
 )
-from brainscale_data_prep.intensity import above, keep_integers, level_statistics, quantise, statistics, stays_integer
+from brainscale_data_prep.intensity import above, count_levels, keep_integers, quantise, statistics, stays_integer
 from brainscale_data_prep.nifti import Refused, Scan, axes_to_ras
-from brainscale_data_prep.resampling import cut, resample
+from brainscale_data_prep.resampling import Box, extent, resample, window
 
 COARSE_MM = 2.0
 """The foreground's bounding box is found on every n-th voxel, about this far apart."""
@@ -45,6 +45,21 @@ class Prepared:
     """The columns of scans.parquet that follow from voxels and header."""
 
 
+@dataclass
+class Located:
+    """Where the grid lies in a scan, and what of the scan is foreground."""
+
+    first: np.ndarray
+    """Its first voxel and the distance of its voxels (x,y,z), in canonical source voxels."""
+    step: np.ndarray
+    resampled: bool
+    method: str
+    threshold: float
+    """Value above background over which a voxel is foreground, in original units."""
+    stripped: bool
+    cropped: float
+
+
 def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan | None = None) -> Prepared:
     """Bring a scan onto the plan's grid; `mask` is its brain mask, on any grid of the same world.
 
@@ -53,19 +68,96 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
     warnings = list(scan.warnings)
     if label_like(scan.voxels):
         raise Refused("not_a_brain_scan", "its voxels are labels or a mask, not intensities; leave it out")
-    voxels, background, constant_background = clean(scan, warnings)
+    voxels, background, differs = clean(scan, warnings)
     base = float(background) * scan.slope + scan.inter
     voxels_xyz, affine = canonical(voxels, scan.affine, plan.orientation)
     raw = voxels_xyz.T
-    shape_xyz, spacing = np.array(voxels_xyz.shape), spacing_mm(affine)
+    at = _locate(scan, raw, affine, background, differs is not None, plan, grid_xyz, mask)
+    if at.cropped > plan.warn_cropped_fraction:
+        warnings.append("cropped")
 
+    # Outside `box` every voxel is background, whose value above itself is 0: nothing needs to be computed there, unless
+    # all of the scan counts as foreground.
+    box = tuple(slice(0, size) for size in raw.shape)
+    if differs is not None and at.threshold >= 0:
+        box = extent(canonical(differs, scan.affine, plan.orientation)[0].T)
+    inside = np.zeros(grid_xyz[::-1], bool)
+    if at.resampled:
+        grid = resample(raw, box, background, scan.slope, at.first, at.step, grid_xyz)
+        part = _covered(voxels_xyz.shape, at, grid_xyz)
+        values = grid[part]
+    else:
+        source, part = window(box, at.first, grid_xyz)
+        raw = raw[source]
+    within = None
+    if mask is not None and at.method == "mask":
+        within = sample_mask(mask, plan, affine, at.first, at.step, grid_xyz)[part]
+    if not at.resampled and stays_integer(raw, background, plan):
+        numbers, inside[part] = count_levels(raw, within, background, scan.slope, at.threshold, plan)
+        stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
+    else:
+        if not at.resampled:
+            grid = values = above(raw, background, scan.slope)
+        inside[part] = values > at.threshold if within is None else (values > at.threshold) & within
+        numbers = statistics(values[inside[part]], plan)
+        if plan.dtype == "float32":
+            exact = grid + np.float32(base) if at.resampled else raw * np.float64(scan.slope) + scan.inter
+            stored, scale, offset, background_code = exact.astype(np.float32), 1.0, 0.0, float(np.float32(base))
+        else:
+            stored, scale, offset, background_code = quantise(grid, base, numbers["std"], plan, warnings)
+    if not at.resampled:
+        stored, kept = np.zeros(grid_xyz[::-1], stored.dtype), stored
+        if background_code:
+            stored.fill(background_code)
+        stored[part] = kept
+
+    to_grid = np.eye(4)
+    to_grid[[0, 1, 2], [0, 1, 2]], to_grid[:3, 3] = at.step, at.first
+    record = {
+        "warnings": sorted(warnings),
+        "source_xxh3_128": scan.source_xxh3_128,
+        "voxels_xxh3_128": xxhash.xxh3_128(stored.data).hexdigest(),
+        "header_base64": base64.b64encode(scan.header).decode(),
+        "affine_source": scan.affine.ravel().tolist(),
+        "affine_stored": (affine @ to_grid).ravel().tolist(),
+        "spacing_source_mm_xyz": spacing_mm(scan.affine).tolist(),
+        "shape_source_xyz": list(scan.voxels.shape),
+        "crop_voxels_xyz": at.first.tolist(),
+        "cropped_fraction": at.cropped,
+        "scale": scale,
+        "offset": offset,
+        "background_code": background_code,
+        "mean": numbers["mean"] + base,
+        "std": numbers["std"],
+        "clip_low": numbers["clip_low"] + base,
+        "clip_high": numbers["clip_high"] + base,
+        "foreground_threshold": at.threshold + base if at.threshold > EVERYTHING else EVERYTHING,
+        "foreground_fraction": np.count_nonzero(inside) / inside.size,
+        "skull_stripped": at.stripped,
+        "foreground_method": at.method,
+    }
+    return Prepared(stored, cell_shares(inside, plan.foreground_cell_voxels), record)
+
+
+def _locate(
+    scan: Scan,
+    raw: np.ndarray,
+    affine: np.ndarray,
+    background: Any,
+    constant_background: bool,
+    plan: Plan,
+    grid_xyz: tuple[int, int, int],
+    mask: Scan | None,
+) -> Located:
+    shape_xyz, spacing = np.array(raw.shape[::-1]), spacing_mm(affine)
     target = spacing if plan.spacing_mm_xyz == "native" else np.array(plan.spacing_mm_xyz)
     resampled = bool((np.abs(spacing / target - 1) > SAME_SPACING).any())
     step = target / spacing if resampled else np.ones(3)
 
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
     coarse = above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
-    stripped = is_stripped(coarse, constant_background)
+    component = largest_component(coarse > 0) if constant_background else None
+    stripped = component is not None and is_compact(component, coarse > 0)
     method = _method(plan, mask is not None, stripped)
     if mask is not None and method == "mask":
         threshold = EVERYTHING
@@ -74,7 +166,8 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
             raise Refused("bad_mask", "its mask covers nothing of it; mend the mask or leave it out (--masks none)")
     else:
         threshold = foreground_threshold(coarse, method, resampled)
-        component = largest_component(coarse > threshold)
+        if component is None or threshold != 0:
+            component = largest_component(coarse > threshold)
         if not component.any():
             raise Refused("constant", "nothing in it is brighter than its background; leave it out")
     first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
@@ -87,57 +180,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
             f"the grid {grid_xyz} would cut off {cropped:.0%} of its foreground "
             f"(at most {plan.max_cropped_fraction:.0%}); choose a larger grid",
         )
-    if cropped > plan.warn_cropped_fraction:
-        warnings.append("cropped")
-
-    inside = _covered(shape_xyz, first, step, grid_xyz)
-    if mask is not None and method == "mask":
-        inside &= sample_mask(mask, plan, affine, first, step, grid_xyz)
-    if not resampled and stays_integer(raw, plan):
-        raw = cut(raw, first, grid_xyz, background)
-        numbers = _count(raw, inside, background, scan.slope, threshold, plan)
-        stored, scale, offset, background_code = keep_integers(raw, background, scan, plan)
-    else:
-        # `grid` holds value − background, so that what lies outside the scan is 0
-        if resampled:
-            grid = resample(raw, background, scan.slope, first, step, grid_xyz)
-        else:
-            raw = cut(raw, first, grid_xyz, background)
-            grid = above(raw, background, scan.slope)
-        inside &= grid > threshold
-        numbers = statistics(grid[inside], plan)
-        if plan.dtype == "float32":
-            exact = raw * np.float64(scan.slope) + scan.inter if not resampled else grid + np.float32(base)
-            stored, scale, offset, background_code = exact.astype(np.float32), 1.0, 0.0, float(np.float32(base))
-        else:
-            stored, scale, offset, background_code = quantise(grid, base, numbers["std"], plan, warnings)
-
-    to_grid = np.eye(4)
-    to_grid[[0, 1, 2], [0, 1, 2]], to_grid[:3, 3] = step, first
-    record = {
-        "warnings": sorted(warnings),
-        "source_xxh3_128": scan.source_xxh3_128,
-        "voxels_xxh3_128": xxhash.xxh3_128(stored.data).hexdigest(),
-        "header_base64": base64.b64encode(scan.header).decode(),
-        "affine_source": scan.affine.ravel().tolist(),
-        "affine_stored": (affine @ to_grid).ravel().tolist(),
-        "spacing_source_mm_xyz": spacing_mm(scan.affine).tolist(),
-        "shape_source_xyz": list(scan.voxels.shape),
-        "crop_voxels_xyz": first.tolist(),
-        "cropped_fraction": float(cropped),
-        "scale": scale,
-        "offset": offset,
-        "background_code": background_code,
-        "mean": numbers["mean"] + base,
-        "std": numbers["std"],
-        "clip_low": numbers["clip_low"] + base,
-        "clip_high": numbers["clip_high"] + base,
-        "foreground_threshold": threshold + base if threshold > EVERYTHING else EVERYTHING,
-        "foreground_fraction": np.count_nonzero(inside) / inside.size,
-        "skull_stripped": stripped,
-        "foreground_method": method,
-    }
-    return Prepared(stored, cell_shares(inside, plan.foreground_cell_voxels), record)
+    return Located(first, step, resampled, method, threshold, stripped, float(cropped))
 
 
 def _method(plan: Plan, has_mask: bool, stripped: bool) -> str:
@@ -164,23 +207,6 @@ def canonical(voxels: np.ndarray, affine: np.ndarray, orientation: str = "RAS") 
         to_source[source_axis, 3] = 0 if sign > 0 else voxels.shape[source_axis] - 1
     flipped = voxels[tuple(slice(None, None, int(sign)) for sign in axes[:, 1])]
     return flipped.transpose(order), affine @ to_source
-
-
-def _count(
-    raw: np.ndarray, inside: np.ndarray, background: Any, slope: float, threshold: float, plan: Plan
-) -> dict[str, float]:
-    """Statistics of integer voxels; leaves in `inside` those whose value − background is above the threshold."""
-    lowest, highest = int(raw.min()), int(raw.max())
-    levels = above(np.arange(lowest, highest + 1), background, slope)  # rising or falling, as the slope's sign says
-    is_above = levels > threshold
-    if is_above.all():
-        pass
-    elif slope > 0:
-        inside &= raw > raw.dtype.type(lowest + np.count_nonzero(~is_above) - 1)
-    else:
-        inside &= raw < raw.dtype.type(lowest + np.count_nonzero(is_above))
-    counts = np.bincount(raw[inside].astype(np.intp) - lowest, minlength=levels.size)
-    return level_statistics(levels, counts, plan)
 
 
 # --------------------------------------------------------------------------------------------- placing the grid
@@ -242,10 +268,11 @@ def _inside(
     return int(np.count_nonzero(component[tuple(covered)]))
 
 
-def _covered(shape_xyz: np.ndarray, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]) -> np.ndarray:
-    """(Z,Y,X) bool: grid voxels whose centre lies within the scan; the others are padding, never foreground."""
-    x, y, z = (
-        (at >= -0.5) & (at < size - 0.5)
-        for at, size in ((first[a] + step[a] * np.arange(grid_xyz[a]), shape_xyz[a]) for a in range(3))
-    )
-    return z[:, None, None] & y[:, None] & x
+def _covered(shape_xyz: Sequence[int], at: Located, grid_xyz: tuple[int, int, int]) -> Box:
+    """The part of the grid whose voxels' centres lie within the scan; the others are padding, never foreground."""
+    part = []
+    for axis in (2, 1, 0):
+        position = at.first[axis] + at.step[axis] * np.arange(grid_xyz[axis])
+        within = np.flatnonzero((position >= -0.5) & (position < shape_xyz[axis] - 0.5))
+        part.append(slice(within[0], within[-1] + 1) if within.size else slice(0, 0))
+    return tuple(part)

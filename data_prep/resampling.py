@@ -14,27 +14,27 @@ BLOCK_ROWS = 32
 """Few enough that a block's taps are not much more than a row's, many enough for a fast matrix product."""
 
 
-def cut(volume: np.ndarray, first: np.ndarray, grid_xyz: tuple[int, int, int], fill: Any) -> np.ndarray:
-    """Cut and pad a (z,y,x) volume to the grid whose first voxel is `first` (whole numbers); always C order."""
-    source, target = window(volume.shape, first, grid_xyz)
-    if all(part.stop - part.start == size for part, size in zip(target, grid_xyz[::-1])):
-        return np.ascontiguousarray(volume[source])
-    out = np.full(grid_xyz[::-1], fill, volume.dtype)
-    out[target] = volume[source]
-    return out
+Box = tuple[slice, ...]
+"""A part of a volume, z,y,x."""
 
 
-def window(
-    shape_zyx: tuple[int, ...], first: np.ndarray, grid_xyz: tuple[int, int, int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The part of a volume that a grid of the same spacing covers, and where it lies in the grid (z,y,x)."""
+def window(box: Box, first: np.ndarray, grid_xyz: tuple[int, int, int]) -> tuple[Box, Box]:
+    """The part of a scan's `box` that a grid of the same spacing covers (`first`: whole numbers), and where it lies in
+    the grid."""
     source, target = [], []
-    for start, size, length in zip(first[::-1].astype(int), grid_xyz[::-1], shape_zyx):
-        low = min(max(start, 0), length)
-        high = max(low, min(start + size, length))
+    for start, size, part in zip(first[::-1].astype(int), grid_xyz[::-1], box):
+        low = min(max(start, part.start), part.stop)
+        high = max(low, min(start + size, part.stop))
         source.append(slice(low, high))
-        target.append(slice(low - start, high - start))
+        target.append(slice(low - start, high - start) if high > low else slice(0, 0))
     return tuple(source), tuple(target)
+
+
+def extent(mask: np.ndarray) -> Box:
+    """The smallest box that holds every True of a (z,y,x) mask."""
+    rows = np.logical_or.reduce(mask, axis=0)
+    held = (np.flatnonzero(line) for line in (mask.any(axis=(1, 2)), rows.any(axis=1), rows.any(axis=0)))
+    return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0) for at in held)
 
 
 def cubic_weights(at: np.ndarray, step: float, num_in: int) -> tuple[slice, np.ndarray]:
@@ -57,13 +57,24 @@ def cubic_weights(at: np.ndarray, step: float, num_in: int) -> tuple[slice, np.n
 
 
 def resample(
-    raw: np.ndarray, background: Any, slope: float, first: np.ndarray, step: np.ndarray, grid_xyz: tuple[int, int, int]
+    raw: np.ndarray,
+    box: Box,
+    background: Any,
+    slope: float,
+    first: np.ndarray,
+    step: np.ndarray,
+    grid_xyz: tuple[int, int, int],
 ) -> np.ndarray:
-    """float32 (Z,Y,X) value − background on the grid, from (z,y,x) voxels; what lies outside the scan is 0.
+    """float32 (Z,Y,X) value − background on the grid, from (z,y,x) voxels that are background outside `box`.
 
-    One axis after another, each in blocks of rows that share most of their taps: a matrix product per block.
+    What lies outside the scan is background too, of value 0. One axis after another, each in blocks of rows that share
+    most of their taps: a matrix product per block.
     """
-    near = [cubic_weights(first[a] + step[a] * np.arange(grid_xyz[a]), step[a], raw.shape[2 - a])[0] for a in (2, 1, 0)]
+    near = []
+    for axis, part in zip((2, 1, 0), box):
+        at = first[axis] + step[axis] * np.arange(grid_xyz[axis])
+        taps, _ = cubic_weights(at[[0, -1]], step[axis], raw.shape[2 - axis])
+        near.append(slice(max(taps.start, part.start), max(taps.start, part.start, min(taps.stop, part.stop))))
     volume = raw[tuple(near)]
     if volume.dtype != np.float32 or background != 0 or slope != 1:
         volume = above(volume, background, slope)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from brainscale.config import Plan
 from brainscale_data_prep.foreground import cell_shares
 from brainscale_data_prep.intensity import above, level_statistics, percentiles, statistics
-from brainscale_data_prep.nifti import Refused
-from brainscale_data_prep.resampling import resample
+from brainscale_data_prep.nifti import Refused, Scan
+from brainscale_data_prep.preprocess import prepare
+from brainscale_data_prep.resampling import extent, resample, window
 
 
 def plain_statistics(values, plan):
@@ -74,15 +75,21 @@ def test_resampling_in_blocks_equals_the_whole_matrices(shape_zyx, grid_xyz, fir
     raw = np.random.default_rng(0).integers(-500, 500, shape_zyx).astype(dtype)
     wz, wy, wx = (dense_weights(first[a], step[a], grid_xyz[a], shape_zyx[2 - a]) for a in (2, 1, 0))
     plain = np.einsum("az,by,cx,zyx->abc", wz, wy, wx, (raw - 7.0) * 2, optimize=True)
-    for _ in range(2):
-        found = resample(raw, dtype(7), 2.0, np.array(first), np.array(step), grid_xyz)
+    box = tuple(slice(0, size) for size in shape_zyx)
+    found = resample(raw, box, dtype(7), 2.0, np.array(first), np.array(step), grid_xyz)
+    np.testing.assert_allclose(found, plain, atol=2e-3)
+    raw[:, :, : shape_zyx[2] // 2] = 7
+    raw[shape_zyx[0] // 2 :] = 7
+    box = extent(raw != 7)
+    plain = np.einsum("az,by,cx,zyx->abc", wz, wy, wx, (raw - 7.0) * 2, optimize=True)
+    found = resample(raw, box, dtype(7), 2.0, np.array(first), np.array(step), grid_xyz)
     np.testing.assert_allclose(found, plain, atol=2e-3)
 
 
 def test_resampling_leaves_the_scan_as_it_was():
     raw = np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32)
     before = raw.copy()
-    resample(raw, np.float32(0), 1.0, np.zeros(3), np.full(3, 1.1), (10, 9, 8))
+    resample(raw, extent(raw != 0), np.float32(0), 1.0, np.zeros(3), np.full(3, 1.1), (10, 9, 8))
     np.testing.assert_array_equal(raw, before)
     assert not np.shares_memory(above(raw, np.float32(0), 1.0), raw)
 
@@ -101,3 +108,45 @@ def test_integers_declared_as_floats_are_no_intensities():
     tiny = np.arange(1, 1000, dtype=np.int32).view(np.float32)
     with pytest.raises(Refused, match="float32 can tell apart"):
         statistics(tiny, Plan())
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(-12, 12)] * 3), st.tuples(*[st.integers(1, 9)] * 3))
+@settings(max_examples=100, deadline=None)
+def test_a_window_is_what_scan_and_grid_share(shape_zyx, first, grid_xyz):
+    box = tuple(slice(size // 3, size) for size in shape_zyx)
+    source, target = window(box, np.array(first), grid_xyz)
+    found, plain = np.zeros(grid_xyz[::-1]), np.zeros(grid_xyz[::-1])
+    voxels = np.arange(1.0, np.prod(shape_zyx) + 1).reshape(shape_zyx)
+    found[target] = voxels[source]
+    for at in np.ndindex(grid_xyz[::-1]):
+        place = tuple(i + f for i, f in zip(at, first[::-1]))
+        if all(part.start <= i < part.stop for i, part in zip(place, box)):
+            plain[at] = voxels[place]
+    np.testing.assert_array_equal(found, plain)
+
+
+@given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_extent_holds_all_that_differs_and_no_more(shape, seed, turned):
+    mask = np.random.default_rng(seed).random(shape) < 0.1
+    mask = mask.T if turned else mask
+    held = extent(mask)
+    assert np.count_nonzero(mask[held]) == np.count_nonzero(mask)
+    for axis in range(3):
+        if mask.any():
+            lines = np.moveaxis(mask[held], axis, 0)
+            assert lines[0].any() and lines[-1].any()
+
+
+@pytest.mark.parametrize("background", [65535, 40000])
+def test_a_bright_constant_background_is_stored_too(background):
+    """Unsigned 16 bits, inverted: what needs the shift by 32768 lies outside the box that is looked at."""
+    voxels = np.full((30, 30, 30), background, np.uint16)
+    voxels[8:20, 9:21, 10:22] = np.random.default_rng(0).integers(100, 900, (12, 12, 12))
+    scan = Scan(np.asfortranarray(voxels), -1.0, 65535.0, np.eye(4), b"", [], "", 0)
+    plan = Plan(grid_voxels_xyz=(32, 32, 32), spacing_mm_xyz="native")
+    prepared = prepare(scan, plan, (32, 32, 32))
+    values = prepared.volume_zyx * prepared.record["scale"] + prepared.record["offset"]
+    np.testing.assert_array_equal(np.unique(values), np.unique(65535.0 - voxels))
+    assert values[0, 0, 0] == 65535 - background
+    assert prepared.record["background_code"] * prepared.record["scale"] + prepared.record["offset"] == values[0, 0, 0]

@@ -199,12 +199,16 @@ def test_volumes_without_contrast_are_refused(voxels):
 # --------------------------------------------------------------------------------------------- resampling
 
 
+def resampled(raw, *arguments):
+    return resampling.resample(raw, tuple(slice(0, size) for size in raw.shape), *arguments)
+
+
 def test_resampling_agrees_with_scipy_on_smooth_volumes():
     rng = np.random.default_rng(6)
     raw = ndimage.gaussian_filter(rng.normal(size=(30, 34, 32)), 3).astype(np.float32)
     raw /= raw.std()
     first, step, grid = np.array([2.3, 3.1, 4.7]), np.array([0.71, 0.83, 0.9]), (30, 28, 24)
-    ours = resampling.resample(raw, np.float32(0), 1.0, first, step, grid)
+    ours = resampled(raw, np.float32(0), 1.0, first, step, grid)
     at = [first[a] + step[a] * np.arange(grid[a]) for a in (2, 1, 0)]
     reference = ndimage.map_coordinates(raw.astype(np.float64), np.meshgrid(*at, indexing="ij"), order=3)
     assert np.abs(ours - reference).max() < 0.02
@@ -217,7 +221,7 @@ def test_downsampling_keeps_slow_waves_and_does_not_alias_fast_ones():
 
     def wave(cycles_per_voxel):
         raw = np.cos(2 * np.pi * cycles_per_voxel * x)[None, None, :] * np.ones((96, 96, 1))
-        return raw, resampling.resample(raw.astype(np.float32), 0, 1.0, first, step, grid)
+        return raw, resampled(raw.astype(np.float32), 0, 1.0, first, step, grid)
 
     raw, slow = wave(1 / 32)
     assert np.abs(slow - raw[4, 4, 4:94:3]).max() < 0.1
@@ -247,10 +251,10 @@ def test_padding_is_never_foreground(spacing):
 
 def test_the_background_outside_the_field_of_view_is_kept():
     raw = np.full((12, 12, 12), 700, np.int16)
-    out = resampling.resample(raw, 700, 1.0, np.array([-6.0, -6, -6]), np.full(3, 0.8), (30, 30, 30))
+    out = resampled(raw, 700, 1.0, np.array([-6.0, -6, -6]), np.full(3, 0.8), (30, 30, 30))
     assert (out == 0).all()
     raw[6, 6, 6] = 900
-    out = resampling.resample(raw, 700, 0.5, np.array([-6.0, -6, -6]), np.full(3, 0.5), (40, 40, 40))
+    out = resampled(raw, 700, 0.5, np.array([-6.0, -6, -6]), np.full(3, 0.5), (40, 40, 40))
     assert out.max() == out[24, 24, 24] == pytest.approx(100, abs=1e-3)
 
 
@@ -259,8 +263,10 @@ def test_the_background_outside_the_field_of_view_is_kept():
 def test_cutting_equals_resampling_with_unit_steps(first, grid):
     raw = np.random.default_rng(7).integers(0, 100, (13, 17, 19)).astype(np.int16)
     start = np.array(first, float)
-    cut = resampling.cut(raw, start, grid, 3)
-    np.testing.assert_allclose(resampling.resample(raw, 3, 1.0, start, np.ones(3), grid), cut - 3.0, atol=1e-4)
+    source, target = resampling.window(tuple(slice(0, size) for size in raw.shape), start, grid)
+    cut = np.full(grid[::-1], 3, raw.dtype)
+    cut[target] = raw[source]
+    np.testing.assert_allclose(resampled(raw, 3, 1.0, start, np.ones(3), grid), cut - 3.0, atol=1e-4)
 
 
 def test_nearly_equal_spacing_takes_the_voxels_as_they_are():
