@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_brainscale
+from conftest import refusal, run_brainscale
 
 from brainscale.bench import convert, converters, read
 from brainscale.bench.converters import Job, Written
@@ -102,13 +102,23 @@ def test_absent_peers_are_lines_that_say_how_to_install_them(source, tmp_path, m
 
 
 @pytest.mark.slow
-def test_bench_convert_without_a_source_measures_both_kinds_of_phantoms():
-    lines = convert.run((), quick=True)
-    cases = {line["case"] for line in lines}
+def test_bench_convert_without_a_source_measures_both_kinds_of_phantoms(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    run_brainscale("bench", "convert", "--quick", "--json", file)
+    cases = {json.loads(text)["case"] for text in file.read_text().splitlines()}
     for what, kind in itertools.product(
         ("native voxels", "resampled to 2 mm"), ("skull-stripped T1w", "whole head T1w")
     ):
         assert any(case.startswith(f"{what}, ") and f" {kind} of phantom" in case for case in cases), cases
+
+
+def test_a_scan_that_cannot_be_taken_is_a_line_and_a_source_without_any_an_error(source, tmp_path):
+    (tmp_path / "empty.nii").write_bytes(b"")
+    assert "0 bytes" in refusal(2, "bench", "convert", tmp_path, "--quick")
+    (tmp_path / "scan.nii.gz").write_bytes((source / "scan.nii.gz").read_bytes())
+    kinds, refused = convert._kinds((tmp_path,), 6, (convert.NATIVE, convert.TWO_MM), tmp_path / "scratch")
+    assert [[scan.source for scan in scans] for scans in kinds.values()] == [["scan.nii.gz"]]
+    assert [(line["variant"], "0 bytes" in line["skipped"]) for line in refused] == [("empty.nii", True)]
 
 
 def test_bench_read_writes_whole_lines(tiny_store, tmp_path):
@@ -136,8 +146,9 @@ def test_chunks_divide_the_volume():
 def test_what_is_dropped_from_the_page_cache_is_gone_or_said_to_stay(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 20))
-    read.drop_from_page_cache(file)
-    assert file.read_bytes() == bytes(1 << 20)
+    dropped = read.drop_from_page_cache(file)
+    assert dropped != read.in_page_cache(file)
+    assert file.read_bytes() == bytes(1 << 20) and read.in_page_cache(file)
 
 
 def test_variants_run_in_turn_and_ratios_are_paired():

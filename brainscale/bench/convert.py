@@ -21,9 +21,9 @@ from numcodecs import Blosc, Zstd
 from brainscale.bench import converters
 from brainscale.bench.converters import OURS, Job
 from brainscale.bench.record import compare_sizes, measure, on_one_core, skipped
-from brainscale.config import Plan
+from brainscale.config import InputError, Plan
 from brainscale_data_prep import discover
-from brainscale_data_prep.convert import grid
+from brainscale_data_prep.convert import TooManyRefused, grid
 from brainscale_data_prep.discover import ScanFile
 from brainscale_data_prep.phantom import make
 
@@ -40,7 +40,7 @@ def run(sources: tuple[Path, ...], quick: bool) -> list[dict[str, Any]]:
     """Lines over time and bytes per volume, without and with resampling, by kind of scan; of phantoms without sources.
 
     quick: one scan of each kind, a 2 mm grid and two runs instead of up to six scans, 1 mm and 24 runs. Raises
-    InputError for a scan that is refused.
+    InputError when no scan can be converted.
     """
     with TemporaryDirectory(prefix="brainscale-bench-") as folder:
         scratch = Path(folder)
@@ -54,11 +54,11 @@ def run(sources: tuple[Path, ...], quick: bool) -> list[dict[str, Any]]:
 
 def lines(sources: tuple[Path, ...], quick: bool, scratch: Path) -> list[dict[str, Any]]:
     """What `run` returns, in this process; `scratch` is an empty folder on the disk to write to."""
-    found: list[dict[str, Any]] = []
     rounds, scans_each = (2, 1) if quick else (24, 6)
     resampling = TWO_MM if quick else ONE_MM
+    kinds, found = _kinds(sources, scans_each, (NATIVE, resampling), scratch)
     for plan, table in ((NATIVE, converters.native()), (resampling, converters.resampled())):
-        for kind, scans in _kinds(sources, scans_each, scratch).items():
+        for kind, scans in kinds.items():
             jobs = [Job(scan, plan, grid(plan, [scan])) for scan in scans]
             found += _times(f"{_what(plan)}, {kind}", jobs, table, rounds, scratch)
             found += _sizes(f"{_what(plan)}, {kind}", jobs, scratch)
@@ -71,23 +71,38 @@ def _what(plan: Plan) -> str:
     return f"resampled to {plan.spacing_mm_xyz[0]:g} mm, {'×'.join(map(str, plan.grid_voxels_xyz))}"
 
 
-def _kinds(sources: tuple[Path, ...], scans_each: int, scratch: Path) -> dict[str, list[ScanFile]]:
-    """Up to `scans_each` scans of every kind, evenly chosen. A kind has one source, contrast, and is skull-stripped or
-    not (as the store's records say). Raises InputError for a scan that is refused."""
+def _kinds(
+    sources: tuple[Path, ...], scans_each: int, plans: tuple[Plan, ...], scratch: Path
+) -> tuple[dict[str, list[ScanFile]], list[dict[str, Any]]]:
+    """Up to `scans_each` scans of every kind, evenly chosen, and a line for each chosen one that a plan refuses.
+
+    A kind has one source and one contrast, and is skull-stripped or not, as the store's records say.
+    """
     kinds: dict[str, list[ScanFile]] = defaultdict(list)
+    refused = []
+    out = scratch / "kind"
     for source in sources:
         contrasts: dict[str, list[ScanFile]] = defaultdict(list)
         for scan in discover.find(Path(source)).scans:
             contrasts[scan.contrast].append(scan)
         for contrast, scans in contrasts.items():
             for scan in scans[:: -(-len(scans) // scans_each)]:
-                job = Job(scan, NATIVE, grid(NATIVE, [scan]))
-                converters.create_ours(job, scratch / "kind")
-                stripped = converters.convert_ours(job, scratch / "kind")["skull_stripped"]
-                shutil.rmtree(scratch / "kind")
+                try:
+                    for plan in plans:
+                        job = Job(scan, plan, grid(plan, [scan]))
+                        _clear(OURS, job, out)
+                        stripped = converters.convert_ours(job, out)["skull_stripped"]
+                except (InputError, TooManyRefused) as error:
+                    refused.append(skipped("convert", f"scans of {Path(source).name}", scan.source, str(error)))
+                    continue
                 what = f"{'skull-stripped' if stripped else 'whole head'} {contrast}".rstrip()
                 kinds[f"{what} of {Path(source).name}"].append(scan)
-    return kinds
+    _remove(out)
+    if not kinds:
+        raise InputError(
+            f"no scan of {', '.join(map(str, sources))} can be measured; the first: {refused[0]['skipped']}"
+        )
+    return kinds, refused
 
 
 def _times(

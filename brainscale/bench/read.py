@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,17 +190,24 @@ def _crop_name(size: Zyx, shape: str) -> str:
 
 
 def drop_from_page_cache(file: Path) -> bool:
-    """Write a file out and drop it from the page cache; whether its first and last page are gone."""
+    """Write a file out and drop it from the page cache; whether it is gone."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+    return not in_page_cache(file)
+
+
+def in_page_cache(file: Path) -> bool:
+    """Whether the first or the last page of a file is in memory: a read that must not wait for the disk tells."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
         for place in (0, os.fstat(handle).st_size - 1):
-            try:
-                os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT)
-                return False
-            except BlockingIOError:
-                continue
-        return True
+            with suppress(BlockingIOError):
+                if os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT):
+                    return True
+        return False
     finally:
         os.close(handle)
