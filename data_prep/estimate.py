@@ -1,7 +1,6 @@
 """`to_zarr.py SOURCE STORE --plan`: what a conversion would take, from a sample of its scans, with nothing kept."""
 
 import math
-import resource
 import shutil
 import tempfile
 import time
@@ -109,7 +108,13 @@ def timed_shard(task: Task) -> tuple[list[dict], float, int]:
     """A shard's records, its seconds, and the worker's largest memory so far in bytes."""
     started = time.perf_counter()
     records, _ = convert_shard(task)
-    return records, time.perf_counter() - started, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return records, time.perf_counter() - started, peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The largest memory that this process has had since it began; getrusage would count its parent's before exec."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
 
 
 def text(e: Estimate) -> str:
@@ -124,6 +129,7 @@ def text(e: Estimate) -> str:
     if e.store_bytes > 0:
         short = ": NOT ENOUGH" if e.store_bytes > e.free_bytes else ""
         hours = f"{e.seconds / 3600:.1f} h" if e.seconds >= 5400 else f"{e.seconds / 60:.1f} min"
+        hours = hours if e.seconds >= 90 else f"{e.seconds:.1f} s"
         lines += [
             f"bytes      {e.store_bytes / 1e9:,.2f} GB; the disk has {e.free_bytes / 1e9:,.1f} GB free{short}",
             f"time       {hours} with {e.workers} workers on as many cores",
