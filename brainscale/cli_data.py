@@ -161,7 +161,7 @@ def to_zarr(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
     except (Stopped, KeyboardInterrupt) as error:
-        print(f"stopped: {error or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"stopped: {str(error) or 'interrupted; the same command continues'}", file=sys.stderr)
         sys.exit(75)
     print(report_line(summary))
     if key:

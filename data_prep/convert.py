@@ -264,7 +264,7 @@ def _check_space(store: Path, plan: Plan, grid_xyz: Grid, volumes: int) -> None:
     free = shutil.disk_usage(existing).free
     if need > free:
         raise InputError(
-            f"{volumes} volumes need about {need / 1e9:.1f} GB and the disk of {store} has {free / 1e9:.1f} GB free; "
+            f"{volumes} volumes need about {need / 1e9:.2g} GB and the disk of {store} has {free / 1e9:.2g} GB free; "
             "make room or give another folder"
         )
 

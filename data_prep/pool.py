@@ -16,7 +16,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+ENVIRONMENT = {**dict.fromkeys(THREADS, "1"), "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
+"""Of workers. One that is ended leaves numcodecs' lock to Python's tracker, which removes it but would complain."""
 PLAIN_LINE_SECONDS = 10.0
 
 Task = TypeVar("Task")
@@ -41,7 +43,7 @@ def run(
     a full disk or a killed worker.
     """
     others = set(multiprocessing.active_children())
-    with _one_thread_each(), _progress(doing, num_volumes) as advance:
+    with _environment(), _progress(doing, num_volumes) as advance:
         pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker)
         try:
             pending = {pool.submit(function, task) for task in tasks}
@@ -49,11 +51,10 @@ def run(
                 ready, pending = wait(pending, timeout=PLAIN_LINE_SECONDS, return_when=FIRST_COMPLETED)
                 advance(sum(collect(future.result()) for future in ready))
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
                 child.join()
-            pool.shutdown(wait=True)
+            pool.shutdown()
             if (reason := _stop_reason(error)) is None:
                 raise
             raise Stopped(f"{reason}; what is finished is kept, and the same command continues") from None
@@ -71,10 +72,10 @@ def _stop_reason(error: BaseException) -> str | None:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def _environment() -> Iterator[None]:
     """Workers inherit the environment when they start, which may be late: it holds while the pool runs."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
     try:
         yield
     finally:
