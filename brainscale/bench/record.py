@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from brainscale import provenance
-from brainscale_data_prep.pool import THREAD_VARIABLES
+from brainscale_data_prep.pool import ENVIRONMENT
 
 PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai")
 """Packages whose versions stand in a line where they are installed, beside those of `provenance`."""
@@ -109,12 +109,12 @@ def surroundings() -> dict[str, Any]:
 
 
 def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a module's function in a fresh process that owns one core and one thread for linear algebra; its result.
+    """Call a module's function in a fresh process on one core, in the environment of a conversion's workers; its result.
 
     The process is bound to the core before it imports anything, so every library finds one core and sizes its pools so.
     """
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
     core = {max(os.sched_getaffinity(0))}
     spawn = multiprocessing.get_context("spawn")
     try:
