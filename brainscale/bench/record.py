@@ -109,7 +109,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a module's function in a fresh process on one core, in the environment of a conversion's workers; its result.
+    """Call a module's function in a fresh process on one core, in the environment of conversion workers; its result.
 
     The process is bound to the core before it imports anything, so every library finds one core and sizes its pools so.
     """
