@@ -32,7 +32,7 @@ from brainscale_data_prep.resampling import Box, extent, resample, window
 COARSE_MM = 2.0
 """The foreground's bounding box is found on every n-th voxel, about this far apart."""
 SAME_SPACING = 1e-3
-"""Spacings that agree to this share are the same: voxels are then cut out and not resampled."""
+"""Spacings that agree to this share are the same: along such an axis voxels are taken as they are."""
 
 
 @dataclass
@@ -151,8 +151,8 @@ def _locate(
 ) -> Located:
     shape_xyz, spacing = np.array(raw.shape[::-1]), spacing_mm(affine)
     target = spacing if plan.spacing_mm_xyz == "native" else np.array(plan.spacing_mm_xyz)
-    resampled = bool((np.abs(spacing / target - 1) > SAME_SPACING).any())
-    step = target / spacing if resampled else np.ones(3)
+    kept = np.abs(spacing / target - 1) <= SAME_SPACING
+    resampled, step = not kept.all(), np.where(kept, 1.0, target / spacing)
 
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
     coarse = above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
@@ -171,8 +171,7 @@ def _locate(
         if not component.any():
             raise Refused("constant", "nothing in it is brighter than its background; leave it out")
     first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
-    if not resampled:
-        first = np.floor(first + 0.5)
+    first = np.where(kept, np.floor(first + 0.5), first)  # voxels are copied along an axis that keeps its spacing
     cropped = 1 - _inside(component, stride, first, step, grid_xyz) / np.count_nonzero(component)
     if cropped > plan.max_cropped_fraction:
         raise Refused(
@@ -180,7 +179,7 @@ def _locate(
             f"the grid {grid_xyz} would cut off {cropped:.0%} of its foreground "
             f"(at most {plan.max_cropped_fraction:.0%}); choose a larger grid",
         )
-    return Located(first, step, resampled, method, threshold, stripped, float(cropped))
+    return Located(first, step, bool(resampled), method, threshold, stripped, float(cropped))
 
 
 def _method(plan: Plan, has_mask: bool, stripped: bool) -> str:

@@ -68,7 +68,7 @@ def resample(
     """float32 (Z,Y,X) value − background on the grid, from (z,y,x) voxels that are background outside `box`.
 
     What lies outside the scan is background too, of value 0. One axis after another, each in blocks of rows that share
-    most of their taps: a matrix product per block.
+    most of their taps: a matrix product per block, or a copy where steps are 1 from a whole voxel on.
     """
     near = []
     for axis, part in zip((2, 1, 0), box):
@@ -82,18 +82,32 @@ def resample(
     x, y, z = grid_xyz
     along_x = np.zeros((*volume.shape[:2], x), np.float32)
     for rows, taps, weights in _blocks(first[0], step[0], x, volume.shape[2]):
-        np.matmul(volume[:, :, taps], weights.T, out=along_x[:, :, rows])
+        if weights is None:
+            along_x[:, :, rows] = volume[:, :, taps]
+        else:
+            np.matmul(volume[:, :, taps], weights.T, out=along_x[:, :, rows])
     along_y = np.zeros((len(volume), y, x), np.float32)
     for rows, taps, weights in _blocks(first[1], step[1], y, volume.shape[1]):
-        np.matmul(weights, along_x[:, taps], out=along_y[:, rows])
+        if weights is None:
+            along_y[:, rows] = along_x[:, taps]
+        else:
+            np.matmul(weights, along_x[:, taps], out=along_y[:, rows])
     out = np.zeros((z, y * x), np.float32)
     for rows, taps, weights in _blocks(first[2], step[2], z, volume.shape[0]):
-        np.matmul(weights, along_y[taps].reshape(-1, y * x), out=out[rows])
+        if weights is None:
+            out[rows] = along_y[taps].reshape(-1, y * x)
+        else:
+            np.matmul(weights, along_y[taps].reshape(-1, y * x), out=out[rows])
     return out.reshape(z, y, x)
 
 
-def _blocks(first: float, step: float, num_out: int, num_in: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows, taps, weights) of each block along one axis, but those that no tap reaches."""
+def _blocks(first: float, step: float, num_out: int, num_in: int) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
+    """(rows, taps, weights) of each block along one axis, but those that no tap reaches; no weights: a plain copy."""
+    if step == 1 and first == int(first):
+        low, high = max(0, int(-first)), min(num_out, num_in - int(first))
+        if high > low:
+            yield slice(low, high), slice(low + int(first), high + int(first)), None
+        return
     for start in range(0, num_out, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, num_out))
         taps, weights = cubic_weights(first + step * np.arange(rows.start, rows.stop), step, num_in)

@@ -64,8 +64,8 @@ def dense_weights(first, step, num_out, num_in):
 @given(
     st.tuples(*[st.integers(1, 40)] * 3),
     st.tuples(*[st.integers(1, 70)] * 3),
-    st.tuples(*[st.floats(-12, 12)] * 3),
-    st.tuples(*[st.floats(0.3, 3.0)] * 3),
+    st.tuples(*[st.floats(-12, 12) | st.integers(-12, 12).map(float)] * 3),
+    st.tuples(*[st.floats(0.3, 3.0) | st.just(1.0)] * 3),
     st.sampled_from([np.int16, np.float32, np.float64]),
 )
 @settings(max_examples=60, deadline=None)
