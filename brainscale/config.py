@@ -68,8 +68,9 @@ class Plan(Model):
     """Resampled or float data are rounded to foreground standard deviation / quanta_per_std (int16)."""
     codec: Literal["lz4", "zstd"] = "lz4"
     """Compressor inside blosc with byte shuffle; crc32c follows it."""
-    chunk_voxels: int = Field(default=0, ge=0)
-    """Edge of an inner chunk; 0: one chunk per volume."""
+    chunk_voxels_zyx: tuple[int, int, int] | Literal["rows", "volume"] = "rows"
+    """Inner chunk: blocks of at most 16 × 16 whole rows, the quickest to read whole and in crops (`brainscale bench
+    read`), one chunk per volume, or a size that divides the grid."""
     shard_volumes: int = Field(default=0, ge=0)
     """Volumes per shard file; 0: clamp(rows // 64, 1, 32)."""
 
@@ -85,6 +86,13 @@ class Plan(Model):
     def _spacing(cls, value: Any) -> Any:
         if value != "native" and not all(0 < s < 100 for s in value):
             raise ValueError(f"spacing_mm_xyz must lie in 0..100 mm, got {value}")
+        return value
+
+    @field_validator("chunk_voxels_zyx")
+    @classmethod
+    def _chunk(cls, value: Any) -> Any:
+        if not isinstance(value, str) and min(value) < 1:
+            raise ValueError(f"chunk_voxels_zyx must be positive, got {value}")
         return value
 
     @model_validator(mode="after")

@@ -31,6 +31,8 @@ from brainscale.store_files import COMPLETE, PLAN, REFUSED, SCANS, StoreDamage
 ARRAYS = ("volumes", "foreground")
 ZARR_JSON = ("zarr.json", *(f"{name}/zarr.json" for name in ARRAYS))
 METADATA = (*ZARR_JSON, PLAN, SCANS, REFUSED)
+ROWS = 16
+"""Planes, and rows of each, in a chunk of whole rows, at most."""
 LEVELS = {"zstd": 1, "lz4": 5}
 WRITE: Any = {"write_empty_chunks": True}
 """A volume of zeros is written, else it could not be told from a lost one. zarr stores this in no file, and
@@ -52,6 +54,23 @@ def shard_rows(plan: Plan, num_rows: int, shard: int) -> range:
     """The rows that a shard holds; the last shard may hold fewer than the others."""
     size = shard_volumes(plan, num_rows)
     return range(num_rows)[shard * size : (shard + 1) * size]
+
+
+def chunk_zyx(plan: Plan, grid_zyx: Zyx) -> Zyx:
+    """Voxels of an inner chunk. Raises InputError when the plan's do not divide the grid."""
+    z, y, x = grid_zyx
+    if plan.chunk_voxels_zyx == "volume":
+        return z, y, x
+    if plan.chunk_voxels_zyx == "rows":
+        planes, rows = (max(n for n in range(1, ROWS + 1) if size % n == 0) for size in (z, y))
+        return planes, rows, x
+    if any(size % n for size, n in zip(grid_zyx, plan.chunk_voxels_zyx)):
+        fits = " or ".join(f"{[n for n in range(4, 65) if size % n == 0]}" for size in grid_zyx)
+        raise InputError(
+            f"chunk_voxels_zyx {plan.chunk_voxels_zyx} does not divide the grid {tuple(grid_zyx)} (z, y, x); choose "
+            f'"rows", "volume", or numbers from {fits} in turn'
+        )
+    return plan.chunk_voxels_zyx
 
 
 def _shard_file(name: str, shard: int) -> str:
@@ -103,15 +122,11 @@ def create(path: Path, plan: Plan, grid_zyx: Zyx, num_rows: int) -> None:
 
 def _metadata(plan: Plan, grid_zyx: Zyx, num_rows: int) -> dict[str, bytes]:
     """The three zarr.json; the group's carries OME-Zarr 0.5 multiscales over (t, z, y, x) with t = scan."""
-    edge = plan.chunk_voxels or max(grid_zyx)
-    chunk = tuple(min(edge, size) for size in grid_zyx)
-    if any(size % c for size, c in zip(grid_zyx, chunk)):
-        fits = [e for e in range(8, max(grid_zyx)) if not any(size % min(e, size) for size in grid_zyx)]
-        raise InputError(f"chunk_voxels {edge} does not divide the grid {tuple(grid_zyx)} (z, y, x); "
-                         f"choose 0 for whole volumes{''.join(f' or {e}' for e in fits)}")  # fmt: skip
+    chunk = chunk_zyx(plan, grid_zyx)
     cells = tuple(-(-size // plan.foreground_cell_voxels) for size in grid_zyx)
     memory: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={"ome": store_files.ome_multiscales(plan)})
+    codec: Any
     for name, dtype, volume, inner, codec in (
         ("volumes", plan.dtype, tuple(grid_zyx), chunk, plan.codec),
         ("foreground", "uint8", cells, cells, "zstd"),

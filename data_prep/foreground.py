@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from brainscale_data_prep.intensity import percentiles
+from brainscale_data_prep.intensity import above, counted, level_percentiles, percentiles
 from brainscale_data_prep.nifti import Refused, Scan
 
 CONSTANT_BACKGROUND_SHARE = 0.4
@@ -70,8 +70,16 @@ def _face_voxels(shape: tuple[int, ...]) -> int:
     return 2 * (x * y + y * z + x * z)
 
 
-def foreground_threshold(coarse: np.ndarray, method: str, resampled: bool) -> float:
-    """Level above background (original units) over which a voxel is foreground, by "otsu", "nonzero" or "none"."""
+def foreground_threshold(
+    raw: np.ndarray, background: Any, slope: float, coarse: np.ndarray, method: str, resampled: bool
+) -> float:
+    """Level above background (original units) over which a voxel is foreground, by "otsu", "nonzero" or "none".
+
+    `coarse` is what some voxels `raw` are above the background; of integers only the levels are looked at.
+    """
+    if method == "otsu" and raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2 and slope > 0:
+        voxels, counts = counted(raw)
+        return otsu(above(voxels, background, slope), counts)
     if method == "none":
         return EVERYTHING
     if method == "otsu":
@@ -122,12 +130,18 @@ def _beside(volume: np.ndarray, background: Any) -> tuple[np.ndarray, np.ndarray
     return value[inside], (value == following)[inside]
 
 
-def otsu(values: np.ndarray) -> float:
-    """Threshold of the largest variance between two classes (Otsu 1979), over 256 bins of the 0.1-99.9 percentiles."""
-    low, high = percentiles(values.flatten(), 0.1, 99.9)
+def otsu(values: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """Threshold of the largest variance between two classes (Otsu 1979), over 256 bins of the 0.1-99.9 percentiles.
+
+    `counts`: how often each value occurs, where they are rising levels.
+    """
+    if counts is None:
+        low, high = percentiles(values.flatten(), 0.1, 99.9)
+    else:
+        low, high = level_percentiles(values, counts, 0.1, 99.9)
     if low == high:
-        low, high = values.min(), values.max()
-    counts, edges = np.histogram(values, bins=256, range=(float(low), float(high)))
+        low, high = float(values.min()), float(values.max())
+    counts, edges = np.histogram(values, bins=256, range=(low, high), weights=counts)
     share = counts / max(counts.sum(), 1)
     centres = (edges[:-1] + edges[1:]) / 2
     below, moment = np.cumsum(share), np.cumsum(share * centres)

@@ -88,7 +88,7 @@ def prepare(scan: Scan, plan: Plan, grid_xyz: tuple[int, int, int], mask: Scan |
         values = grid[part]
     else:
         source, part = window(box, at.first, grid_xyz)
-        raw = raw[source]
+        raw = np.ascontiguousarray(raw[source])
     within = None
     if mask is not None and at.method == "mask":
         within = sample_mask(mask, plan, affine, at.first, at.step, grid_xyz)[part]
@@ -155,7 +155,8 @@ def _locate(
     resampled, step = not kept.all(), np.where(kept, 1.0, target / spacing)
 
     stride = np.maximum(1, np.round(COARSE_MM / spacing)).astype(int)
-    coarse = above(raw[:: stride[2], :: stride[1], :: stride[0]], background, scan.slope)
+    sparse = raw[:: stride[2], :: stride[1], :: stride[0]]
+    coarse = above(sparse, background, scan.slope)
     component = largest_component(coarse > 0) if constant_background else None
     stripped = component is not None and is_compact(component, coarse > 0)
     method = _method(plan, mask is not None, stripped)
@@ -165,7 +166,7 @@ def _locate(
         if not component.any():
             raise Refused("bad_mask", "its mask covers nothing of it; mend the mask or leave it out (--masks none)")
     else:
-        threshold = foreground_threshold(coarse, method, resampled)
+        threshold = foreground_threshold(sparse, background, scan.slope, coarse, method, resampled)
         if component is None or threshold != 0:
             component = largest_component(coarse > threshold)
         if not component.any():
@@ -224,7 +225,7 @@ def place(
     grid = np.array(grid_xyz)
     if plan.crop == "centre":
         return (shape_xyz - 1) / 2 - (grid - 1) / 2 * step
-    z, y, x = ndimage.find_objects(component.view(np.uint8))[0]
+    z, y, x = extent(component)
     low = np.array([s.start for s in (x, y, z)]) * stride - 0.5
     high = np.minimum(np.array([s.stop for s in (x, y, z)]) * stride, shape_xyz) - 0.5
     first = (low + high) / 2 - (grid - 1) / 2 * step

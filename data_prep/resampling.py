@@ -33,7 +33,8 @@ def window(box: Box, first: np.ndarray, grid_xyz: tuple[int, int, int]) -> tuple
 def extent(mask: np.ndarray) -> Box:
     """The smallest box that holds every True of a (z,y,x) mask."""
     rows = np.logical_or.reduce(mask, axis=0)
-    held = (np.flatnonzero(line) for line in (mask.any(axis=(1, 2)), rows.any(axis=1), rows.any(axis=0)))
+    planes = np.fromiter((plane.any() for plane in mask), bool, len(mask))
+    held = (np.flatnonzero(line) for line in (planes, rows.any(axis=1), rows.any(axis=0)))
     return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0) for at in held)
 
 

@@ -68,9 +68,9 @@ def test_plan_hash_depends_on_every_setting():
     others = {
         "grid_voxels_xyz": (80, 96, 80), "spacing_mm_xyz": "native", "crop": "centre", "top_margin_mm": 4.0,
         "foreground": "otsu", "foreground_cell_voxels": 8, "max_cropped_fraction": 0.3, "warn_cropped_fraction": 0.02,
-        "clip_percentiles": (1.0, 99.0), "dtype": "uint8", "quanta_per_std": 256.0, "codec": "zstd", "chunk_voxels": 32,
-        "shard_volumes": 4, "orientation": "LPS", "assume_orientation": "RAS", "frame": 0, "min_extent_mm": 30.0,
-        "normalize": "none",
+        "clip_percentiles": (1.0, 99.0), "dtype": "uint8", "quanta_per_std": 256.0, "codec": "zstd",
+        "chunk_voxels_zyx": (8, 8, 8), "shard_volumes": 4, "orientation": "LPS", "assume_orientation": "RAS",
+        "frame": 0, "min_extent_mm": 30.0, "normalize": "none",
     }  # fmt: skip
     assert set(others) == set(Plan.model_fields)
     hashes = {Plan(**{name: value}).hash() for name, value in others.items()} | {plan.hash()}

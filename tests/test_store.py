@@ -135,13 +135,16 @@ def flip(file: Path, bit: int) -> None:
     shard=st.integers(0, 11),
     dtype=st.sampled_from(["int16", "uint8", "float32"]),
     codec=st.sampled_from(["lz4", "zstd"]),
-    cut=st.sampled_from([0, 1, 2, 3]),
+    cut=st.sampled_from(["rows", "volume", 1, 2, 3]),
     seed=st.integers(0, 2**16),
 )
 def test_both_readers_return_what_was_written(tmp_path_factory, grid, rows, shard, dtype, codec, cut, seed):
-    grid = tuple(size * max(cut, 1) for size in grid)
-    cell, chunk = 3, cut if all(size % max(cut, 1) == 0 for size in grid) else 0
-    settings = {"dtype": dtype, "codec": codec, "shard_volumes": shard, "chunk_voxels": chunk}
+    cell, chunk = 3, cut
+    if cut == "rows":
+        grid = (grid[0] * 5, grid[1] * 7, grid[2])
+    elif cut != "volume":
+        grid, chunk = tuple(size * cut for size in grid), (cut, cut, cut)
+    settings = {"dtype": dtype, "codec": codec, "shard_volumes": shard, "chunk_voxels_zyx": chunk}
     plan = Plan(grid_voxels_xyz="largest", foreground_cell_voxels=cell, **settings)
     path = tmp_path_factory.mktemp("any") / "store"
     volumes, foreground = make_arrays(plan, grid, rows)
@@ -348,6 +351,12 @@ def test_a_shard_written_again_with_other_voxels_is_an_error(copy):
         store.finish(copy)
 
 
+def test_chunks_of_rows_are_at_most_sixteen_by_sixteen():
+    for grid, chunk in (((160, 192, 160), (16, 16, 160)), ((80, 96, 80), (16, 16, 80)), ((44, 188, 7), (11, 4, 7))):
+        assert store.chunk_zyx(Plan(), grid) == chunk
+    assert store.chunk_zyx(Plan(chunk_voxels_zyx="volume"), (44, 188, 7)) == (44, 188, 7)
+
+
 def test_shards_follow_the_plan():
     assert [store.shard_volumes(Plan(), rows) for rows in (1, 127, 128, 6400)] == [1, 1, 2, 32]
     assert [list(store.shard_rows(make_plan(), ROWS, shard)) for shard in range(4)] == [[0, 1, 2], [3, 4, 5], [6], []]
@@ -377,8 +386,8 @@ def test_create_refuses_another_plan_grid_or_folder(tmp_path):
     assert tree(path) == before
     with pytest.raises(InputError, match="at least one scan"):
         store.create(tmp_path / "none", make_plan(), GRID_ZYX, 0)
-    with pytest.raises(InputError, match=r"chunk_voxels 8 does not divide .*choose 0"):
-        store.create(tmp_path / "none", make_plan(chunk_voxels=8), GRID_ZYX, ROWS)
+    with pytest.raises(InputError, match=r'chunk_voxels_zyx \(7, 7, 7\) does not divide .*choose "rows"'):
+        store.create(tmp_path / "none", make_plan(chunk_voxels_zyx=(7, 7, 7)), GRID_ZYX, ROWS)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no store"):

@@ -12,7 +12,7 @@ from brainscale.store import Store
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    plan = Plan(grid_voxels_xyz=(16, 24, 16), spacing_mm_xyz=(2, 2, 3), shard_volumes=4, chunk_voxels=8)
+    plan = Plan(grid_voxels_xyz=(16, 24, 16), spacing_mm_xyz=(2, 2, 3), shard_volumes=4, chunk_voxels_zyx=(8, 8, 8))
     return write_tiny_store(tmp_path_factory.mktemp("stores") / "store", plan=plan)
 
 

@@ -75,7 +75,7 @@ def lines(
         return found
     volumes = store.volumes(rows)
     shapes = chunks(store.volume_zyx)
-    for codec, chunk in itertools.product(CODECS[:1], shapes[:3:2]) if quick else itertools.product(CODECS, shapes):
+    for codec, chunk in itertools.product(CODECS[:1], shapes[:4:3]) if quick else itertools.product(CODECS, shapes):
         encoded = encode_in / "encoded"
         _encode(store, rows, volumes, codec, chunk, encoded)
         found += _store_lines(Store(encoded), rows, len(rows), None, f"encoded again, {cores}", n)
@@ -94,6 +94,7 @@ def chunks(volume_zyx: Zyx) -> list[Zyx]:
         volume_zyx,
         (part(z, -(-z // 2)), part(y, -(-y // 2)), part(x, -(-x // 2))),
         (part(z, 16), part(y, 32), x),
+        (part(z, 16), part(y, 16), x),
         (part(z, 64), part(y, 64), part(x, 64)),
         (part(z, 32), part(y, 32), part(x, 32)),
     ]
