@@ -131,7 +131,7 @@ def test_bench_read_writes_whole_lines(tiny_store, tmp_path):
     assert all(line["ratio"] == 1.0 for line in measured if line["variant"] == read.ZARR)
     assert all(line["median"] > 0 and line["bytes_per_volume"] > 0 for line in measured)
     cases = {line["case"] for line in lines}
-    for part in ("lz4, chunk 16×24×16, warm, as it is, 1 core", "encoded again, 1 core", "crop", "cold", "as it is, "):
+    for part in ("lz4, chunk 16×12×16, warm, as it is, 1 core", "encoded again, 1 core", "crop", "cold", "as it is, "):
         assert any(part in case for case in cases), (part, cases)
     assert "no folder of its sources given" in done.stdout
 
