@@ -1,9 +1,10 @@
 """The store of volumes: the only file that knows how they lie on disk, and the only one with zarr and tensorstore.
 
 A store is one Zarr v3 group with a row per scan: `volumes` (rows, z, y, x) and `foreground` (rows, cells), in shards of
-whole volumes; `store_files` holds what lies beside them. zarr-python encodes a shard in memory and it is put in place
-whole, so that one owner per shard, an interruption anywhere and any number of workers lead to the same bytes.
-tensorstore reads. Both read missing data as zeros unless told otherwise; here it is always an error.
+whole volumes; `store_files` holds what lies beside them. zarr-python makes the metadata. tensorstore encodes a shard in
+memory and it is put in place whole, so that one owner per shard, an interruption anywhere and any number of workers
+lead to the same bytes; it also reads. Both libraries leave out volumes of zeros when they write, and read missing data
+as zeros, unless told otherwise; here every volume is written, and a missing one is an error.
 """
 
 import math
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 import zarr
-from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -34,9 +34,6 @@ METADATA = (*ZARR_JSON, PLAN, SCANS, REFUSED)
 ROWS = 16
 """Planes, and rows of each, in a chunk of whole rows, at most."""
 LEVELS = {"zstd": 1, "lz4": 5}
-WRITE: Any = {"write_empty_chunks": True}
-"""A volume of zeros is written, else it could not be told from a lost one. zarr stores this in no file, and
-`open_array(config=)` ignores it (3.1.6)."""
 READ = {
     "cache_pool": {"total_bytes_limit": 64 << 20},
     "data_copy_concurrency": {"limit": 4},
@@ -151,17 +148,15 @@ def write_shard(path: Path, shard: int, volumes: np.ndarray, foreground: np.ndar
     process may own a shard. Raises InputError when arrays or records are not those of this shard.
     """
     path = Path(path)
-    memory: dict[str, Any] = {name: Buffer.from_bytes((path / name).read_bytes()) for name in ZARR_JSON}
-    arrays = {name: zarr.open_array(MemoryStore(memory), path=name).with_config(WRITE) for name in ARRAYS}
+    arrays = {name: _in_memory(path / name) for name in ARRAYS}
     rows = shard_rows(store_files.read_plan(path), arrays["volumes"].shape[0], shard)
     store_files.check_records(records, rows)
     blocks = {"volumes": volumes, "foreground": foreground}
     for name, block in blocks.items():
-        shape = (len(rows), *arrays[name].shape[1:])
-        if block.shape != shape or block.dtype != arrays[name].dtype:
+        shape, dtype = (len(rows), *arrays[name].shape[1:]), arrays[name].dtype.numpy_dtype
+        if block.shape != shape or block.dtype != dtype:
             raise InputError(
-                f"shard {shard} of {path / name} takes {arrays[name].dtype} of {shape}, "
-                f"got {block.dtype} of {block.shape}"
+                f"shard {shard} of {path / name} takes {dtype} of {shape}, got {block.dtype} of {block.shape}"
             )
     # Names become durable when the store is finished: until then a file lost to a power cut is a shard to make again,
     # but for a record that outlives the shard it was about.
@@ -171,10 +166,20 @@ def write_shard(path: Path, shard: int, volumes: np.ndarray, foreground: np.ndar
         store_files.sync_tree((path / journal).parent)
     files = {}
     for name, block in blocks.items():
-        arrays[name][rows.start : rows.stop] = block
+        arrays[name][rows.start : rows.stop].write(block, can_reference_source_data_indefinitely=True).result()
         file = _shard_file(name, shard)
-        files[file] = store_files.write(path, file, memoryview(memory.pop(file).as_numpy_array()), False)
+        encoded = arrays[name].kvstore.read(file.removeprefix(f"{name}/")).result().value
+        files[file] = store_files.write(path, file, encoded, False)
     store_files.write(path, journal, store_files.to_json({"files": files, "records": records}), False)
+
+
+def _in_memory(array: Path) -> Any:
+    """An empty array with the metadata of one on disk, that keeps what is written to it to itself."""
+    context = ts.Context({"data_copy_concurrency": {"limit": 1}, "cache_pool": {"total_bytes_limit": 0}})
+    memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
+    memory.write("zarr.json", (array / "zarr.json").read_bytes()).result()
+    spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "store_data_equal_to_fill_value": True}
+    return ts.open(spec, open=True, read=True, write=True, context=context).result()
 
 
 def finished_shards(path: Path) -> set[int]:
