@@ -35,9 +35,10 @@ ABOVE: dict[str, Any] = {
 }  # fmt: skip
 GREY = LinearSegmentedColormap.from_list("grey", ["#000000", "#ffffff"]).with_extremes(bad="#55677d")
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#9fd0ff", "#2b6cb0", "#000000", "#c05621", "#ffd09f"])
-PLANES = {"axial": (0, 1, "LRAP"), "coronal": (0, 2, "LRSI"), "sagittal": (1, 2, "PASI")}
-"""Plane → (axis of its columns, axis of its rows, in x, y, z; letters at its left, right, top and bottom). Volumes are
-RAS and x increases to the right, so the patient's right is on the right."""
+PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
+"""Plane → (axis of its columns, axis of its rows, in x, y, z)."""
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS"))
+"""Where an axis comes from that points there: right or left, anterior or posterior, superior or inferior."""
 
 ERRORS = {
     "own": "model, own tokens",
@@ -67,7 +68,14 @@ def series(metrics: Metrics, key: str) -> Series:
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def pictures(evaluations: list[Evaluation], spacing_mm_xyz: Any) -> list[dict[str, Any]]:
+def letters(plane: str, orientation: str) -> str:
+    """What lies at the left, right, top and bottom of a plane whose columns run to the right and rows to the top, for
+    volumes whose x, y and z point to `orientation`: "LRAP" for the axial plane of RAS."""
+    across, up = (orientation[axis] for axis in PLANES[plane])
+    return OPPOSITE[across] + across + up + OPPOSITE[up]
+
+
+def pictures(evaluations: list[Evaluation], spacing_mm_xyz: Any, orientation: str = "RAS") -> list[dict[str, Any]]:
     """Of every volume pictured at the latest evaluation: its slices in three planes, and its mosaic over time."""
     if not evaluations:
         return []
@@ -79,7 +87,7 @@ def pictures(evaluations: list[Evaluation], spacing_mm_xyz: Any) -> list[dict[st
         low, high = np.percentile(inputs, (0, 99.5))
         window = (low, max(high, low + 1e-3))
         planes, widest_mm = [], 0.0
-        for plane, (across, down, letters) in PLANES.items():
+        for plane, (across, down) in PLANES.items():
             true, masked, predicted, mosaic = latest.arrays[f"{plane}_{i}"].astype(np.float32)
             rows, columns = true.shape
             size_mm = (columns * spacing[across], rows * spacing[down])
@@ -87,7 +95,7 @@ def pictures(evaluations: list[Evaluation], spacing_mm_xyz: Any) -> list[dict[st
                      (("input", true), ("masked", masked), ("predicted", predicted), ("mosaic", mosaic))}  # fmt: skip
             cells["difference"] = png(mosaic - true, -DIFFERENCE_STD, DIFFERENCE_STD, SIGNED)
             widest_mm = max(widest_mm, size_mm[0])
-            planes.append({"name": plane, "letters": letters, "size_mm": size_mm, "cells": cells})
+            planes.append({"name": plane, "letters": letters(plane, orientation), "size_mm": size_mm, "cells": cells})
         over_time = {f"step {e.step}": png(e.arrays[f"axial_{j}"][3].astype(np.float32), *window, GREY)
                      for e in evaluations for j, other in enumerate(e.arrays["rows"]) if other == row}  # fmt: skip
         volumes.append({

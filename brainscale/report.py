@@ -58,7 +58,11 @@ def write(run_dir: Path) -> Path:
         numbers=numbers(metrics),
         ending=ending(read_json(run_dir / "exit.json"), about),
         reconstruction=reconstruction(read_json(run_dir / "reconstruction.json")),
-        pictures=pictures(evaluations, store.get("plan", {}).get("spacing_mm_xyz", "native")),
+        pictures=pictures(
+            evaluations,
+            store.get("plan", {}).get("spacing_mm_xyz", "native"),
+            store.get("plan", {}).get("orientation", "RAS"),
+        ),
         difference_std=DIFFERENCE_STD,
         duration=duration,
         zip=zip,

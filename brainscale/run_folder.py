@@ -141,6 +141,7 @@ def describe(
             "plan_hash": store.plan_hash,
             "volume_zyx": store.volume_zyx,
             "scans": len(store.rows),
+            "not_skull_stripped": int((~store.column("skull_stripped")).sum()),
             "training_scans": len(train_rows),
             "held_out_scans": len(held_rows),
             "refused": len(store.refused),

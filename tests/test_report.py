@@ -81,7 +81,7 @@ def finished(tmp_path_factory):
         "store": {
             "path": "stores/brains", "plan": {"spacing_mm_xyz": [1.0, 2.0, 4.0]}, "plan_hash": "ab" * 16,
             "volume_zyx": [8, 24, 16], "scans": 12, "training_scans": 10, "held_out_scans": 2, "held_out_ids": [],
-            "refused": 2, "refused_by_reason": {"not_3d": 1, "empty": 1}, "refused_scans": refused,
+            "not_skull_stripped": 3, "refused": 2, "refused_by_reason": {"not_3d": 1, "empty": 1}, "refused_scans": refused,
         },
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about))
@@ -102,6 +102,21 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(finished):
     return (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_may_show_faces_says_so(page, finished, tmp_path):
+    sentence = "3 of the store’s 12 scans are not skull-stripped: these pictures may show recognisable faces."
+    assert sentence in page
+    stripped = shutil.copytree(finished, tmp_path / "stripped")
+    about = json.loads((stripped / "run.json").read_text())
+    about["store"]["not_skull_stripped"] = 0
+    (stripped / "run.json").write_text(json.dumps(about))
+    assert "recognisable faces" not in report.write(stripped).read_text(encoding="utf-8")
+
+
+def test_letters_follow_the_orientation_of_the_store():
+    assert [figures.letters(plane, "RAS") for plane in figures.PLANES] == ["LRAP", "LRSI", "PASI"]
+    assert [figures.letters(plane, "LPI") for plane in figures.PLANES] == ["RLPA", "RLIS", "APIS"]
 
 
 @pytest.fixture
