@@ -81,7 +81,8 @@ def finished(tmp_path_factory):
         "store": {
             "path": "stores/brains", "plan": {"spacing_mm_xyz": [1.0, 2.0, 4.0]}, "plan_hash": "ab" * 16,
             "volume_zyx": [8, 24, 16], "scans": 12, "training_scans": 10, "held_out_scans": 2, "held_out_ids": [],
-            "not_skull_stripped": 3, "refused": 2, "refused_by_reason": {"not_3d": 1, "empty": 1}, "refused_scans": refused,
+            "not_skull_stripped": 3, "refused": 2, "refused_by_reason": {"not_3d": 1, "empty": 1},
+            "refused_scans": refused,
         },
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about))
