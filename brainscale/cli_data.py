@@ -207,8 +207,8 @@ def task(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def export_nifti(store: Path, row: int, file: Path, /) -> None:
-    """Write one stored volume as NIfTI, each voxel where the original's lay.
+def export_nifti(store: Path, row: int, file: Path | None = None, /) -> None:
+    """Write one stored volume as NIfTI, each voxel where the original's lay, and print the file's path.
 
     Example: brainscale export-nifti stores/brains 0 scan.nii.gz
 
@@ -219,11 +219,13 @@ def export_nifti(store: Path, row: int, file: Path, /) -> None:
     row
         Row of the scan (column `row` of scans.parquet).
     file
-        A new .nii or .nii.gz file.
+        A new .nii or .nii.gz file; default: row-ROW.nii.gz.
     """
     from brainscale_data_prep.export import export_nifti as export
 
+    file = file or Path(f"row-{row}.nii.gz")
     export(store, row, file)
+    print(file)
 
 
 def doctor(store: Path, /, *, deep: bool = False) -> None:

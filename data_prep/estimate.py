@@ -128,11 +128,10 @@ def text(e: Estimate) -> str:
     ]
     if e.store_bytes > 0:
         short = ": NOT ENOUGH" if e.store_bytes > e.free_bytes else ""
-        hours = f"{e.seconds / 3600:.1f} h" if e.seconds >= 5400 else f"{e.seconds / 60:.1f} min"
-        hours = hours if e.seconds >= 90 else f"{e.seconds:.1f} s"
+        spoken = f"{e.seconds / 60:.1f} min" if e.seconds >= 90 else f"{e.seconds:.1f} s"
         lines += [
             f"bytes      {e.store_bytes / 1e9:,.2f} GB; the disk has {e.free_bytes / 1e9:,.1f} GB free{short}",
-            f"time       {hours} with {e.workers} workers on as many cores",
+            f"hours      {e.seconds / 3600:.3g} ({spoken}) with {e.workers} workers on as many cores",
             f"memory     {e.workers * e.worker_bytes / 1e9:.1f} GB ({e.worker_bytes / 1e9:.2f} GB per worker)",
         ]
     else:

@@ -22,8 +22,8 @@ SAMPLE_VOXELS, FEWEST_VOXELS = 100_000, 1_000
 
 
 def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, np.ndarray | None]:
-    """Voxels in native byte order without NaN or infinity, the background as a voxel value, and, where the background
-    is constant (fills ≥ 40 % of the volume), which voxels differ from it.
+    """Voxels in native byte order without NaN or infinity, integers in 16 bits if they fit; the background as a voxel
+    value; and, where that is constant (fills ≥ 40 % of the volume), which voxels differ from it.
 
     The background is the commonest value on the volume's faces where that is constant, else the faces' 10th percentile
     (air). Voxels that are not finite take its value, and the lowest one where they are the faces.
@@ -39,6 +39,9 @@ def clean(scan: Scan, warnings: list[str]) -> tuple[np.ndarray, Any, np.ndarray 
         if num_bad == voxels.size:
             raise Refused("constant", "none of its voxels is a finite number; leave it out")
         low, high = voxels[finite].min(), voxels[finite].max()
+    if voxels.dtype.kind in "iu" and voxels.dtype.itemsize > 2:  # wide integers whose values are not
+        narrow = next((t for t in (np.int16, np.uint16) if np.iinfo(t).min <= low and high <= np.iinfo(t).max), None)
+        voxels = voxels if narrow is None else voxels.astype(narrow, order="K")
     faces = np.concatenate([np.moveaxis(voxels, axis, 0)[side].ravel() for axis in range(3) for side in (0, -1)])
     faces = faces[np.isfinite(faces)]
     if low == high:

@@ -172,7 +172,7 @@ def test_a_plan_foretells_what_the_conversion_then_takes(bids, converted, tmp_pa
         "volumes    5 of 28 × 32 × 28",
         "GB free",
         "inodes",
-        "s with 2 workers",
+        "s) with 2 workers",
         "per worker",
         "1 truncated",
     ):
