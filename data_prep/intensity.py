@@ -15,6 +15,8 @@ from brainscale_data_prep.nifti import Refused, Scan
 
 SMALLEST_STD = 1e-30
 """Far above the smallest float32, so that a quantum of it is not 0 (integers declared as floats are that small)."""
+FEWEST_QUANTA = 4.0
+"""Quanta in the foreground's standard deviation; with fewer of them the anatomy would be lost."""
 
 
 def above(raw: np.ndarray, background: Any, slope: float) -> np.ndarray:
@@ -152,16 +154,25 @@ def keep_integers(raw: np.ndarray, background: Any, scan: Scan, plan: Plan) -> t
 def quantise(
     grid: np.ndarray, base: float, std: float, plan: Plan, warnings: list[str]
 ) -> tuple[np.ndarray, float, float, float]:
-    """Round value − background to quanta: (volume, scale, offset, background code). `grid` is overwritten."""
+    """Round value − background to quanta: (volume, scale, offset, background code). `grid` is overwritten.
+
+    Raises Refused (`too_coarse`).
+    """
     low, high = float(grid.min(initial=0.0)), float(grid.max(initial=0.0))
+    narrowest = (high - low) / 255 if plan.dtype == "uint8" else max(-low, high) / 32767
+    if narrowest * FEWEST_QUANTA > std:
+        raise Refused(
+            "too_coarse",
+            f"its values reach from {low + base:.4g} to {high + base:.4g}, so that one step of {plan.dtype} would be "
+            f"{narrowest / std:.2g} standard deviations of the foreground; mend its outliers, or store dtype=float32",
+        )
     if plan.dtype == "uint8":
-        quantum = (high - low) / 255
         grid -= np.float32(low)
-        grid /= np.float32(quantum)
-        return np.rint(grid, out=grid).astype(np.uint8), quantum, base + low, round(-low / quantum)
-    quantum, needed = std / plan.quanta_per_std, max(-low, high) / 32767
-    if needed > quantum:
-        quantum = needed
+        grid /= np.float32(narrowest)
+        return np.rint(grid, out=grid).astype(np.uint8), narrowest, base + low, round(-low / narrowest)
+    quantum = std / plan.quanta_per_std
+    if narrowest > quantum:
+        quantum = narrowest
         warnings.append("quantum_widened")
     stored = np.empty(grid.shape, np.int16)
     for plane, out in zip(grid, stored):  # one after another, so that each stays in the processor's cache

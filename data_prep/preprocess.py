@@ -167,9 +167,10 @@ def _locate(
             raise Refused("bad_mask", "its mask covers nothing of it; mend the mask or leave it out (--masks none)")
     else:
         threshold = foreground_threshold(sparse, background, scan.slope, coarse, method, resampled)
+        dark = component is not None and not component.any()
         if component is None or threshold != 0:
             component = largest_component(coarse > threshold)
-        if not component.any():
+        if not component.any() or (dark and method != "none"):
             raise Refused("constant", "nothing in it is brighter than its background; leave it out")
     first = place(component, stride, shape_xyz, spacing, step, grid_xyz, plan)
     first = np.where(kept, np.floor(first + 0.5), first)  # voxels are copied along an axis that keeps its spacing

@@ -150,3 +150,30 @@ def test_a_bright_constant_background_is_stored_too(background):
     np.testing.assert_array_equal(np.unique(values), np.unique(65535.0 - voxels))
     assert values[0, 0, 0] == 65535 - background
     assert prepared.record["background_code"] * prepared.record["scale"] + prepared.record["offset"] == values[0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint8"])
+def test_an_outlier_that_would_drown_the_anatomy_is_refused(dtype):
+    voxels = np.zeros((30, 30, 30), np.float32)
+    voxels[8:20, 9:21, 10:22] = np.random.default_rng(0).normal(500, 100, (12, 12, 12))
+    plan = Plan(grid_voxels_xyz=(32, 32, 32), spacing_mm_xyz="native", dtype=dtype)
+    for spike, taken in ((3e3, True), (3e7, False)):
+        voxels[15, 15, 15] = spike
+        scan = Scan(np.asfortranarray(voxels), 1.0, 0.0, np.eye(4), b"", [], "", 0)
+        if taken:
+            assert prepare(scan, plan, (32, 32, 32)).record["scale"] < 100 / 4
+        else:
+            with pytest.raises(Refused, match="dtype=float32") as refused:
+                prepare(scan, plan, (32, 32, 32))
+            assert refused.value.code == "too_coarse"
+            exact = prepare(scan, plan.model_copy(update={"dtype": "float32"}), (32, 32, 32))
+            assert exact.volume_zyx.max() == np.float32(3e7)
+
+
+def test_what_is_darker_than_a_constant_background_is_refused():
+    voxels = np.full((30, 30, 30), 1000, np.int16)
+    voxels[8:20, 9:21, 10:22] = np.random.default_rng(0).integers(0, 900, (12, 12, 12))
+    scan = Scan(np.asfortranarray(voxels), 1.0, 0.0, np.eye(4), b"", [], "", 0)
+    plan = Plan(grid_voxels_xyz=(32, 32, 32), spacing_mm_xyz="native")
+    with pytest.raises(Refused, match="brighter than its background"):
+        prepare(scan, plan, (32, 32, 32))
