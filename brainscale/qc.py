@@ -52,6 +52,7 @@ REFUSED = {
     "rgb": "voxels are colours",
     "singular_affine": "the header's geometry is impossible",
     "thin_slab": "too thin along an axis to hold a brain",
+    "too_coarse": "outliers so far that the anatomy would be lost between two stored steps",
     "too_large": "more voxels or bytes than are read",
     "truncated": "the file ends too early",
     "unreadable": "anything else; the sentence says what",
@@ -258,7 +259,12 @@ def planes_of(store: Store, scans: Scans, at: int) -> list[dict[str, Any]]:
     row = [scans.rows[at]]
     darkest = min(scans.background[at], scans.clip_low[at])
     black, white = ((value - scans.offset[at]) / scans.scale[at] for value in (darkest, scans.clip_high[at]))
-    spacing = scans.stored_spacing_xyz[at].tolist()
+    box_xyz = [slice(*ends) for ends in zip(scans.first_xyz[at].tolist(), scans.stop_xyz[at].tolist())]
     return three_planes(
-        store.volumes(row)[0], store.foreground(row)[0], (black, white), spacing, store.plan.orientation
+        store.volumes(row)[0],
+        store.foreground(row)[0],
+        (black, white),
+        scans.stored_spacing_xyz[at].tolist(),
+        store.plan.orientation,
+        (box_xyz[2], box_xyz[1], box_xyz[0]),
     )

@@ -33,28 +33,34 @@ def three_planes(
     window: tuple[float, float],
     spacing_mm_xyz: Sequence[float],
     orientation: str,
+    box_zyx: tuple[slice, slice, slice] = (slice(None),) * 3,
 ) -> list[dict[str, Any]]:
     """The planes through the foreground's centre of mass: name, PNG, size in mm, letters at left, right, top, bottom.
 
     volume_zyx: stored values; cells_zyx: share of foreground per cell; window: the stored values of black and white;
-    orientation: where x, y, z of the volume point. The planes stand upright whatever the orientation: front or crown at
-    the top, the front of the sagittal plane at the right. x increases to the right, as it is stored.
+    orientation: where x, y, z of the volume point; box_zyx: the part of the volume to show. The planes stand upright
+    whatever the orientation: front or crown at the top, the front of the sagittal plane at the right. x increases to
+    the right, as it is stored.
     """
-    flips = tuple(slice(None, None, -1 if letter in "IP" else 1) for letter in (orientation[2], orientation[1]))
-    volume_zyx, cells_zyx = volume_zyx[flips], cells_zyx[flips]
     shares = cells_zyx.astype(np.float64)
-    places = [np.arange(n) + 0.5 for n in shares.shape]
-    sums = [shares.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
-    centre = [float(at @ s / s.sum()) / len(at) if s.sum() else 0.5 for at, s in zip(places, sums)]
-    at_z, at_y, at_x = (min(int(c * n), n - 1) for c, n in zip(centre, volume_zyx.shape))
-    slices = {"axial": volume_zyx[at_z], "coronal": volume_zyx[:, at_y], "sagittal": volume_zyx[:, :, at_x]}
+    at_zyx = []
+    for axis, voxels in enumerate(volume_zyx.shape):
+        share = shares.sum(axis=tuple({0, 1, 2} - {axis}))
+        centre = float((np.arange(len(share)) + 0.5) @ share / share.sum()) / len(share) if share.any() else 0.5
+        # Counted from the same end of the head however it is stored, so that the same plane is shown.
+        turned = orientation[2 - axis] in "LPI"
+        at_zyx.append(voxels - 1 - int((1 - centre) * voxels) if turned else int(centre * voxels))
     found = []
-    for name, pixels in slices.items():
-        across, down = PLANES[name]
+    for name, (across, up) in PLANES.items():
+        cut = [box if 2 - axis in (across, up) else at for axis, (at, box) in enumerate(zip(at_zyx, box_zyx))]
+        pixels = volume_zyx[tuple(cut)]
+        # Row 0 is the top; x, the only axis that stays as it is stored, never runs up.
+        pixels = pixels[::-1] if orientation[up] in "AS" else pixels
+        pixels = pixels[:, ::-1] if orientation[across] == "P" else pixels
         rows, columns = pixels.shape
         found.append({
-            "name": name, "uri": grey_png(shrink(pixels[::-1], PICTURE_PIXELS), *window),
-            "size_mm": (columns * spacing_mm_xyz[across], rows * spacing_mm_xyz[down]),
+            "name": name, "uri": grey_png(shrink(pixels, PICTURE_PIXELS), *window),
+            "size_mm": (columns * spacing_mm_xyz[across], rows * spacing_mm_xyz[up]),
             "letters": letters(name, orientation[0] + "AS"),
         })  # fmt: skip
     return found
@@ -149,7 +155,7 @@ def cropped_chart(cropped_fraction: np.ndarray) -> Markup:
         ax.set_ylim(0.7, max(12, 2 * len(cropped_fraction)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set_xlim(0, None)
         ax.set_xlabel("share of the foreground outside the grid")
         ax.set_ylabel("scans")

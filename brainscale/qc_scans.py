@@ -39,8 +39,12 @@ class Scans:
         corners = [(to_stored[:, :3, :3] @ at[..., None])[..., 0] + to_stored[:, :3, 3]
                    for at in (np.full(shape.shape, -0.5), shape - 0.5)]  # fmt: skip
         grid_xyz = np.array(store.volume_zyx[::-1])
-        self.outside_low_mm = np.maximum(0, -0.5 - np.minimum(*corners)) * self.stored_spacing_xyz
-        self.outside_high_mm = np.maximum(0, np.maximum(*corners) - grid_xyz + 0.5) * self.stored_spacing_xyz
+        low, high = np.minimum(*corners), np.maximum(*corners)
+        self.outside_low_mm = np.maximum(0, -0.5 - low) * self.stored_spacing_xyz
+        self.outside_high_mm = np.maximum(0, high - grid_xyz + 0.5) * self.stored_spacing_xyz
+        # What the pictures show of the grid: the scan and a rim of its padding.
+        self.first_xyz = np.maximum(0, np.floor(low - grid_xyz / 16)).astype(int)
+        self.stop_xyz = np.minimum(grid_xyz, np.ceil(high + grid_xyz / 16)).astype(int)
 
 
 # ------------------------------------------------------------------------------------------------- outliers

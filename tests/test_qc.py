@@ -100,6 +100,53 @@ def test_pictures_stand_upright_and_say_which_side_is_which(orientation, axial):
     assert lines.max() == 0
 
 
+def test_pictures_keep_millimetres_and_leave_wide_padding_out():
+    volume, cells = np.zeros((8, 16, 32), np.int16), np.full((2, 4, 8), 255, np.uint8)
+    whole = qc_figures.three_planes(volume, cells, (0, 1), (1, 2, 5), "RAS")
+    assert [plane["size_mm"] for plane in whole] == [(32, 32), (32, 40), (32, 40)]
+    box = (slice(0, 8), slice(4, 12), slice(8, 24))
+    part = qc_figures.three_planes(volume, cells, (0, 1), (1, 2, 5), "RAS", box)
+    assert [plane["size_mm"] for plane in part] == [(16, 16), (16, 40), (16, 40)]
+
+
+def test_the_sides_that_were_cut_are_named(tmp_path, monkeypatch):
+    """A scan stored with z upside down, 30 slices longer than the grid below and 5 above."""
+
+    def neck(record):
+        stored, source = np.eye(4), np.diag([1.0, 1.0, -1.0, 1.0])
+        stored[2, 3] = 30 - 50
+        record["cropped_fraction"], record["shape_source_xyz"] = 0.1, [16, 24, 51]
+        record["affine_stored"], record["affine_source"] = stored.ravel().tolist(), source.ravel().tolist()
+
+    opened = store.open_store(write_tiny_store(tmp_path / "neck", scans=1, change=neck))
+    scans = Scans(opened)
+    assert scans.outside_low_mm.tolist() == [[0, 0, 30]] and scans.outside_high_mm.tolist() == [[0, 0, 5]]
+    assert qc.cut_sides(opened, scans, 0) == []  # no cell at the grid's faces is full of foreground
+    monkeypatch.setattr(qc, "FULL_CELL", 50)
+    assert qc.cut_sides(opened, scans, 0) == [("I", 30.0), ("S", 5.0)]
+
+
+def test_lists_of_refusals_are_cut_and_names_that_are_no_text_do_not_break_the_page(tmp_path, monkeypatch):
+    def refuse(record):
+        row = record["row"]
+        record["contrast"] = f"<c{row}>"
+        if row in (1, 4, 7, 9):
+            reason = "rgb" if row == 4 else "gzip_crc"
+            record.clear()
+            record.update(
+                row=row, id=f"r{row}", status="refused", reason=reason, sentence=f"{row} & so", source="\udce9"
+            )
+
+    monkeypatch.setattr(qc, "MAX_LISTED", 5)  # two for each of two reasons
+    page = page_of(write_tiny_store(tmp_path / "refused", change=refuse))
+    refused = page[page.index('<section id="refused">') : page.index('<section id="warnings">')]
+    assert re.findall(r'<td class="n">(\d+)</td><td><code>(\w+)', refused) == [("3", "gzip_crc"), ("1", "rgb")]
+    assert qc.REFUSED["gzip_crc"] in refused
+    assert re.findall(r"<td>(\d &amp; so)</td>", refused) == ["1 &amp; so", "7 &amp; so", "4 &amp; so"]
+    assert "and 1 more with <code>gzip_crc</code> in refused.jsonl" in refused and "\\udce9" in refused
+    assert 'class="legend"' in page and "&lt;c3&gt;" in page and "<c3>" not in page
+
+
 def test_thousands_of_scans_make_a_page_that_opens(tmp_path):
     plan = Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=500)
     page = page_of(write_tiny_store(tmp_path / "large", scans=3000, plan=plan))
