@@ -104,7 +104,7 @@ def pretrain(
 
 @app.command
 def report(run_or_store: Path, /) -> None:
-    """Write the page of a run (RUN/report.html) or of a store (STORE/qc.html), and print its path.
+    """Write the page of a run (RUN/report.html) or of a store (STORE.qc.html), and print its path.
 
     Example: brainscale report runs/a
     """

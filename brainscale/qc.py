@@ -94,13 +94,16 @@ document.getElementById("filter").hidden = false;
 
 
 def write(store_path: Path, out: Path | None = None) -> Path:
-    """Write the QC page of a finished store, by default to STORE/qc.html, and return its path.
+    """Write the QC page of a finished store, by default to STORE.qc.html beside it, and return its path.
+
+    It is not in the store, whose every file is listed and hashed.
 
     Equal stores give equal bytes. Raises InputError when the folder is no finished store, StoreDamage when it is not as
     it was written.
     """
     store = open_store(store_path)
-    out = Path(out or Path(store_path) / "qc.html")
+    path = Path(store_path).absolute()
+    out = Path(out or path.with_name(f"{path.name}.qc.html"))
     scans = Scans(store)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
