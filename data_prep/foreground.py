@@ -129,7 +129,7 @@ def label_like(voxels: np.ndarray) -> bool:
 def _beside(volume: np.ndarray, background: Any) -> tuple[np.ndarray, np.ndarray]:
     """Voxels of a (z,y,x) volume that are not background, and whether the next one along x has the same value."""
     value, following = volume[..., :-1], volume[..., 1:]
-    inside = value != background
+    inside = (value != background) & np.isfinite(value)
     return value[inside], (value == following)[inside]
 
 

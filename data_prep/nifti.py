@@ -25,7 +25,7 @@ MAX_AXIS_VOXELS = 4096
 MAX_SERIES_BYTES = 64 << 30
 """A series is inflated to its end and not held."""
 SCALING_LIMITS = (1e-15, 1e15)
-FREE_TEXT_FIELDS = ("data_type", "db_name", "descrip", "aux_file", "intent_name")
+FREE_TEXT_FIELDS = ("unused_str", "data_type", "db_name", "descrip", "aux_file", "intent_name")
 RGB_CODES, COMPLEX_CODES = (128, 2304), (32, 1792, 2048)
 MAGICS = {348: (b"n+1\0", b"ni1\0"), 540: (b"n+2\0", b"ni2\0")}
 END_OF_LINE_MARKS = (b"\r\n\x1a\n", bytes(4))

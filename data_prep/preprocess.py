@@ -243,7 +243,8 @@ def sample_mask(
     """(z,y,x) bool: whether the nearest voxel of a mask is not 0, at the points `first` + `step` × (i,j,k) of a scan
     whose canonical voxels (x,y,z) `affine` maps to mm; False outside the mask's volume."""
     voxels, mask_affine = canonical(mask.voxels, mask.affine, plan.orientation)
-    inside = (voxels.T * np.float32(mask.slope) + np.float32(mask.inter) != 0).view(np.uint8)
+    values = voxels.T * np.float32(mask.slope) + np.float32(mask.inter)
+    inside = ((values != 0) & np.isfinite(values)).view(np.uint8)
     to_mask = np.linalg.inv(mask_affine) @ affine
     start, matrix = to_mask[:3, :3] @ first + to_mask[:3, 3], to_mask[:3, :3] * step
     shape_zyx = tuple(shape_xyz)[::-1]

@@ -15,6 +15,8 @@ from brainscale_data_prep.preprocess import Prepared, prepare
 from brainscale_data_prep.pseudonyms import HIDDEN_SENTENCE
 
 Grid = tuple[int, int, int]
+NAMING = ("bad_mask", "not_nifti", "truncated", "unreadable")
+"""Codes whose sentences may quote names of files or their content."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ def read(file: ScanFile, plan: Plan, grid_xyz: Grid, hide_names: bool = False) -
     except MemoryError:
         raise
     except Refused as refused:
-        stem = file.path.name.partition(".")[0]
-        return Refused(refused.code, refused.sentence.replace(stem, file.id)) if hide_names else refused
+        return Refused(refused.code, HIDDEN_SENTENCE) if hide_names and refused.code in NAMING else refused
     except Exception as error:
         what = HIDDEN_SENTENCE if hide_names else str(error).replace(f"{file.path}", file.source)
         return Refused("unreadable", f"{type(error).__name__}: {what}")

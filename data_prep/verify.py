@@ -51,17 +51,17 @@ def verify(
         return problems
     store, found = Store(store_path), find(source).scans
     scans = pseudonyms.hide(found, key) if key else found
-    held = dict(zip(store.rows.tolist(), store.column("source")))
-    held.update((scan["row"], scan["source"]) for scan in store.refused)
+    held = dict(zip(store.rows.tolist(), zip(store.column("source"), store.column("id"))))
+    held.update((scan["row"], (scan["source"], scan["id"])) for scan in store.refused)
+    known = {(scan.source, scan.id): scan for scan in scans}
     for sources, words in (
-        (set(held.values()) - {scan.source for scan in scans}, "in the store but not in the source"),
-        ({scan.source for scan in scans} - set(held.values()), "in the source but not in the store"),
+        ({source for source, _ in set(held.values()) - set(known)}, "in the store but not in the source"),
+        ({source for source, _ in set(known) - set(held.values())}, "in the source but not in the store"),
     ):
         if sources:
             names = ", ".join(sorted(sources)[:MAX_LISTED])
             problems.append(f"{len(sources)} scans are {words}: {names}{', …' if len(sources) > MAX_LISTED else ''}")
-    by_source = {scan.source: scan for scan in scans}
-    pairs = [(row, by_source[source]) for row, source in sorted(held.items()) if source in by_source]
+    pairs = [(row, known[name]) for row, name in sorted(held.items()) if name in known]
     parts = [pairs[start : start + ROWS_PER_TASK] for start in range(0, len(pairs), ROWS_PER_TASK)]
     if not parts:
         raise InputError(f"{source} holds none of the scans of {store_path}; give the source that it was made from")
