@@ -6,6 +6,7 @@ sentence. Suffixes are believed less than content.
 """
 
 import gzip
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from brainscale.geometry import spacing_mm
 from brainscale_data_prep import affines
-from brainscale_data_prep.source_bytes import MAX_BYTES, Content, Refused, stored_bytes, with_retries
+from brainscale_data_prep.source_bytes import DEFLATE_MAX_RATIO, MAX_BYTES, Content, Refused, stored_bytes, with_retries
 
 __all__ = ["MAX_BYTES", "Refused", "Scan", "axes_to_ras", "read", "read_shape", "write"]
 
@@ -103,11 +104,18 @@ def read(path: Path, assume_orientation: str = "", frame: int | None = None, min
 def read_shape(
     path: Path, assume_orientation: str = "", frame: int | None = None, min_extent_mm: float = 0.0
 ) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape (x,y,z) and affine from the header alone, under the same rules as `read`. Raises Refused."""
-    header = _header(Content(stored_bytes(path, limit=1 << 16)), path)
-    shape, _ = _shape(header, _dtype(header), frame, [])
+    """Shape (x,y,z) and affine from the header alone, under the same rules as `read`. Raises Refused, also for a file
+    that is too small for the voxels it announces, so that no lying header decides how large a grid must be."""
+    content = Content(stored_bytes(path, limit=1 << 16))
+    header = _header(content, path)
+    dtype = _dtype(header)
+    shape, num_frames = _shape(header, dtype, frame, [])
     affine = _affine(header, shape, assume_orientation, [])
     affines.check_extent(affine, shape, min_extent_mm)
+    image = _image_path(path) if header["magic"].item()[:2] == b"ni" else path
+    room = image.stat().st_size * (DEFLATE_MAX_RATIO if content.is_gzip or image.suffix == ".gz" else 1) + 1024
+    if math.prod(shape) * num_frames * dtype.itemsize > room:
+        raise Refused("truncated", "it is too small for the voxels that its header announces; copy it again")
     return shape, affine
 
 

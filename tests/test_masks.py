@@ -75,6 +75,9 @@ def test_masks_that_cannot_serve_are_refused_or_not_asked(brain_in_head):
     with pytest.raises(Refused, match="comes with none") as refused:
         preprocess.prepare(scan, plan.model_copy(update={"foreground": "mask"}), (60, 64, 56))
     assert refused.value.code == "no_mask"
+    nothing = np.where(ball, 1, np.nan).astype(np.float32)
+    given = [preprocess.prepare(scan, plan, (60, 64, 56), scan_of(m, affine)) for m in (nothing, ball.astype(np.uint8))]
+    assert given[0].record == given[1].record  # NaN outside means outside
     otsu = plan.model_copy(update={"foreground": "otsu"})
     assert preprocess.prepare(scan, otsu, (60, 64, 56), empty).record["foreground_method"] == "otsu"
 

@@ -263,7 +263,18 @@ def test_slabs_are_refused_before_their_voxels_are_read(tmp_path):
         with pytest.raises(Refused, match="36 mm along its k axis; at least 40 mm") as refused:
             call(tmp_path / "a.nii", min_extent_mm=40)
         assert refused.value.code == "thin_slab"
+    (tmp_path / "a.nii").write_bytes(content)
     assert nifti.read_shape(tmp_path / "a.nii", min_extent_mm=36)[0] == (30, 40, 12)
+
+
+def test_a_header_that_announces_more_than_its_file_can_hold_decides_no_grid(tmp_path):
+    nifti.write(tmp_path / "a.nii", np.ones((30, 40, 12), np.int16), np.diag([2.0, 2, 3, 1]))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[42:48] = np.array([1000, 1000, 1000], "<i2").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(Refused, match="too small for the voxels") as refused:
+        nifti.read_shape(tmp_path / "a.nii")
+    assert refused.value.code == "truncated"
 
 
 # --------------------------------------------------------------------------------------------- bytes

@@ -137,7 +137,7 @@ def test_lists_of_refusals_are_cut_and_names_that_are_no_text_do_not_break_the_p
             )
 
     monkeypatch.setattr(qc, "MAX_LISTED", 5)  # two for each of two reasons
-    page = page_of(write_tiny_store(tmp_path / "refused", change=refuse))
+    page = page_of(write_tiny_store(tmp_path / "refused", scans=12, change=refuse))
     refused = page[page.index('<section id="refused">') : page.index('<section id="warnings">')]
     assert re.findall(r'<td class="n">(\d+)</td><td><code>(\w+)', refused) == [("3", "gzip_crc"), ("1", "rgb")]
     assert qc.REFUSED["gzip_crc"] in refused

@@ -153,6 +153,14 @@ def test_verify_finds_voxels_and_numbers_that_the_source_does_not_give(bids, tmp
     assert "row 2" in problems[1] and "affine_stored differs" in problems[1]
 
 
+def test_a_file_that_a_table_names_twice_is_verified_row_by_row(bids, tmp_path):
+    name = "sub-00/anat/sub-00_T1w.nii.gz"
+    (bids / "twice.csv").write_text(f"path,id\n{name},a\n{name},b\n")
+    convert(bids / "twice.csv", tmp_path / "store", PLAN, workers=1)
+    assert verify(bids / "twice.csv", tmp_path / "store", 1) == []
+    (bids / "twice.csv").unlink()
+
+
 # --------------------------------------------------------------------------------------------- plan
 
 
