@@ -137,13 +137,20 @@ def test_lists_of_refusals_are_cut_and_names_that_are_no_text_do_not_break_the_p
             )
 
     monkeypatch.setattr(qc, "MAX_LISTED", 5)  # two for each of two reasons
-    page = page_of(write_tiny_store(tmp_path / "refused", scans=12, change=refuse))
+    page = page_of(write_tiny_store(tmp_path / "refused", change=refuse))
     refused = page[page.index('<section id="refused">') : page.index('<section id="warnings">')]
     assert re.findall(r'<td class="n">(\d+)</td><td><code>(\w+)', refused) == [("3", "gzip_crc"), ("1", "rgb")]
     assert qc.REFUSED["gzip_crc"] in refused
     assert re.findall(r"<td>(\d &amp; so)</td>", refused) == ["1 &amp; so", "7 &amp; so", "4 &amp; so"]
     assert "and 1 more with <code>gzip_crc</code> in refused.jsonl" in refused and "\\udce9" in refused
     assert 'class="legend"' in page and "&lt;c3&gt;" in page and "<c3>" not in page
+
+
+def test_more_contrasts_than_colours_are_pooled(tmp_path):
+    path = write_tiny_store(tmp_path / "many", change=lambda record: record.update(contrast=f"c{record['row']}"))
+    found = qc.distributions(Scans(store.open_store(path)))
+    assert found["legend"] == [] and {row["contrast"] for row in found["table"]} == {"all"}
+    assert len(qc_figures.COLOURS) < 10
 
 
 def test_thousands_of_scans_make_a_page_that_opens(tmp_path):
