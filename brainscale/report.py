@@ -71,7 +71,7 @@ def write(run_dir: Path) -> Path:
         speed=speed_charts(metrics),
     )
     temporary, final = run_dir / "report.html.tmp", run_dir / "report.html"
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
     os.replace(temporary, final)
     return final
 

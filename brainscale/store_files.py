@@ -87,7 +87,10 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate_json((path / PLAN).read_bytes())
     except ValueError as error:
-        raise InputError(f"{path / PLAN} is no plan that this version reads: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{path / PLAN} is no plan that this version reads ({' '.join(str(error).split())}); "
+            "convert again into a new folder"
+        ) from None
 
 
 def ome_multiscales(plan: Plan) -> dict[str, Any]:

@@ -44,8 +44,14 @@ class Search:
         self._base, self._real_root = os.fspath(root), os.path.realpath(root)
 
     def leaves(self, source: str) -> bool:
-        """Whether a path below the root, its links followed, lies outside it and is not to be followed."""
-        real = os.path.realpath(os.path.join(self._base, source))
+        """Whether a path below the root, its links followed, lies outside it and is not to be followed.
+
+        A git-annex link without content does not: the reader says what it is.
+        """
+        path = os.path.join(self._base, source)
+        if os.path.islink(path) and not os.path.exists(path) and "annex/objects" in os.readlink(path):
+            return False
+        real = os.path.realpath(path)
         return not self.follow_links and not f"{real}/".startswith(self._real_root.rstrip("/") + "/")
 
     def volumes(

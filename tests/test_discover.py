@@ -239,3 +239,10 @@ def test_names_that_no_file_can_hold_are_refused(tmp_path, dataset):
         json.dumps([scan.id, scan.source, scan.sentence], ensure_ascii=False).encode()
         assert "\n" not in scan.id + scan.source
         assert scan.path.exists()
+
+
+def test_an_unfetched_annex_file_below_a_subfolder_is_left_to_the_reader(tmp_path):
+    """Its link leads to .git/annex above the folder that was given; nothing is there, so nothing can leak."""
+    (tmp_path / "sub-01").mkdir()
+    (tmp_path / "sub-01" / "a.nii.gz").symlink_to("../.git/annex/objects/aa/bb/KEY/KEY")
+    assert [scan.code for scan in discover.find(tmp_path / "sub-01").scans] == [""]
