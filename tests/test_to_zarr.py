@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -207,7 +208,8 @@ def test_hashed_names_appear_nowhere_in_the_store(bids, tmp_path):
     table = pq.read_table(store / "scans.parquet").to_pylist()
     held += json.dumps(table).encode() + (tmp_path / "store.qc.html").read_bytes()
     for name in ("sub-00", "sub-02", "sub-04", "/anat/", "T1w.nii", "Miller", "Jones", str(bids)):
-        assert name.encode() not in held, name
+        found = re.search(re.escape(name.encode()) + rb"(?![0-9a-f])", held)  # a pseudonym may begin as a name does
+        assert not found, name
     opened = stores.open_store(store)
     secret = pseudonyms.read_key(key)
     assert opened.column("subject")[2] == f"sub-{pseudonyms.pseudonym(secret, 'subject', 'sub-02')}"
