@@ -121,7 +121,7 @@ def to_zarr(
     from brainscale import qc
     from brainscale_data_prep import discover, estimate, pseudonyms
     from brainscale_data_prep.convert import TooManyRefused, convert, report_line
-    from brainscale_data_prep.pool import Stopped
+    from brainscale_data_prep.pool import Stopped, stop_reason
     from brainscale_data_prep.verify import verify as differences
 
     if plan and verify:
@@ -142,12 +142,12 @@ def to_zarr(
         participant_columns=participants.split(",") if participants is not None else discover.PARTICIPANT_COLUMNS,
     )
     cores = workers or len(os.sched_getaffinity(0))
-    if plan:
-        print(estimate.text(estimate.estimate(source, store, settings, cores, find)))
-        return
     key_file = id_key or store.with_name(f"{store.name}.key")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Slurm sends is a Ctrl-C
     try:
+        if plan:
+            print(estimate.text(estimate.estimate(source, store, settings, cores, find)))
+            return
         key = pseudonyms.read_key(key_file) if hash_ids or id_key else None
         if verify:
             if (prep or overrides) and settings != read_plan(store):
@@ -162,6 +162,11 @@ def to_zarr(
         sys.exit(3)
     except (Stopped, KeyboardInterrupt) as error:
         print(f"stopped: {str(error) or 'interrupted; the same command continues'}", file=sys.stderr)
+        sys.exit(75)
+    except OSError as error:
+        if (reason := stop_reason(error)) is None:
+            raise
+        print(f"stopped: {reason}; what is finished is kept, and the same command continues", file=sys.stderr)
         sys.exit(75)
     print(report_line(summary))
     if key:

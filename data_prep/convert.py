@@ -270,8 +270,9 @@ def _check_space(store: Path, plan: Plan, grid_xyz: Grid, volumes: int) -> None:
 
 
 def _mended(records: list[dict[str, Any]], scans: list[ScanFile], since_s: float) -> bool:
-    """Whether a source that was refused has been replaced or changed since its shard was written."""
-    refused = [scans[record["row"]].path for record in records if record["status"] == "refused"]
+    """Whether a source that was refused, or its mask, has been replaced or changed since its shard was written."""
+    files = [scans[record["row"]] for record in records if record["status"] == "refused"]
+    refused = [path for file in files for path in (file.path, file.mask) if path is not None]
     return any(path.exists() and max(path.stat().st_mtime, path.stat().st_ctime) > since_s for path in refused)
 
 

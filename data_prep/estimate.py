@@ -84,8 +84,8 @@ def estimate(
     shards = math.ceil(num_rows / per_shard)
     volume_bytes = math.prod(grid_xyz) * np.dtype(plan.dtype).itemsize
     typical = float(np.mean(stored_bytes)) if stored_bytes else math.nan
-    # the first scan of a worker also warms it up; the median leaves it out
-    each = float(np.median(seconds)) if seconds else math.nan
+    # the first scan of a worker also warms it up
+    each = float(np.mean(seconds[1:] or seconds)) if seconds else math.nan
     return Estimate(
         scans=num_rows,
         skipped=found.skipped,
@@ -93,7 +93,7 @@ def estimate(
         shards=shards,
         # every shard has a file and three folders in each of two arrays
         inodes=shards * 2 * 4 + FIXED_FILES,
-        store_bytes=typical * num_rows,
+        store_bytes=typical * len(readable) * len(stored_bytes) / max(len(chosen), 1),
         seconds=each * num_rows / min(workers, shards),
         # a shard is held as voxels, and once more while it is encoded
         worker_bytes=peak + 2 * (per_shard - 1) * volume_bytes,

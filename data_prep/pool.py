@@ -61,13 +61,14 @@ def run(
                 child.terminate()
                 child.join()
             pool.shutdown()
-            if (reason := _stop_reason(error)) is None:
+            if (reason := stop_reason(error)) is None:
                 raise
             raise Stopped(f"{reason}; what is finished is kept, and the same command continues") from None
         pool.shutdown()
 
 
-def _stop_reason(error: BaseException) -> str | None:
+def stop_reason(error: BaseException) -> str | None:
+    """Why an error is no fault of the data, in a few words; None when it is another."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, BrokenProcessPool | MemoryError):

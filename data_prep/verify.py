@@ -107,9 +107,12 @@ def _difference(store: Store, row: int, stored: dict[str, Any], prepared: Prepar
         if not np.isclose(stored[name], prepared.record[name], rtol=1e-4, atol=1e-9):
             return f"{name} differs: stored {stored[name]}, now {prepared.record[name]}"
     try:
-        volume = store.volumes([row])[0]
+        volume, cells = store.volumes([row])[0], store.foreground([row])[0]
     except StoreDamage as damaged:
         return str(damaged)
+    other = np.abs(cells.astype(int) - prepared.foreground_cells_zyx) > 1
+    if other.any():
+        return f"{np.count_nonzero(other)} cells of its foreground differ"
     apart = np.abs(volume.astype(np.float64) - prepared.volume_zyx)
     allowed = 1.0 if store.dtype.kind in "iu" else 1e-3 * prepared.record["std"]
     if wrong := int(np.count_nonzero(~(apart <= allowed))):
