@@ -3,6 +3,7 @@
 The modules of the commands (`cli`, `cli_data`, `cli_bench`) import inside functions, so that `--help` is quick.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -167,7 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line; returns by raising SystemExit with one of the documented codes."""
     try:
         app(arguments)
-    except (InputError, *PATH_ERRORS) as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, PATH_ERRORS) and error.errno != errno.EROFS:
+            raise
         if os.environ.get("RANK", "0") == "0":
             sentence = path_sentence(error) if isinstance(error, OSError) else error
             print(f"error: {sentence}", file=sys.stderr)

@@ -141,7 +141,7 @@ def to_zarr(
         follow_links=follow_links,
         participant_columns=participants.split(",") if participants is not None else discover.PARTICIPANT_COLUMNS,
     )
-    cores = workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if workers is None else workers
     key_file = id_key or store.with_name(f"{store.name}.key")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Slurm sends is a Ctrl-C
     try:

@@ -69,8 +69,8 @@ class Plan(Model):
     codec: Literal["lz4", "zstd"] = "lz4"
     """Compressor inside blosc with byte shuffle; crc32c follows it."""
     chunk_voxels_zyx: tuple[int, int, int] | Literal["rows", "volume"] = "rows"
-    """Inner chunk: blocks of at most 16 × 16 whole rows, the quickest to read whole and in crops (`brainscale bench
-    read`), one chunk per volume, or a size that divides the grid."""
+    """Inner chunk: blocks of at most 16 × 16 whole rows, which serve whole reads and crops (`brainscale bench read`),
+    one chunk per volume, or a size that divides the grid."""
     shard_volumes: int = Field(default=0, ge=0)
     """Volumes per shard file; 0: clamp(rows // 64, 1, 32)."""
 

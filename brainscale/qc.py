@@ -61,6 +61,7 @@ REFUSED = {
 WARNINGS = {
     "assumed_orientation": "the header gives no orientation; the one that was asked for was assumed",
     "bad_pixdim": "the header's voxel size is zero, negative or another than its affine's; the affine was taken",
+    "bright_background": "most of the volume's faces is foreground: the air may be brighter than the head",
     "cropped": "part of the foreground lies outside the grid",
     "duplicate_of": "equal, voxel for voxel, to another scan",
     "frame": "one frame of a series",
@@ -69,6 +70,7 @@ WARNINGS = {
     "odd_units": "the header declares another unit than mm; nothing was converted",
     "qform_sform_conflict": "the header's two geometries disagree; the sform was taken",
     "quantum_widened": "values span so much that they are stored more coarsely than the plan asks",
+    "rounded_integers": "whole numbers of more than 16 bits (or 8), stored in steps of more than 1",
     "sheared": "the axes of the affine are not perpendicular",
     "size_mismatch": "bytes follow the voxels that the header does not announce",
     "wrong_suffix": "compressed or not, other than the file's name says",

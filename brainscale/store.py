@@ -90,12 +90,17 @@ def _num_shards(path: Path) -> int:
 def create(path: Path, plan: Plan, grid_zyx: Zyx, num_rows: int) -> None:
     """Make the folder, its array metadata and `plan.json`; the same call again changes nothing.
 
-    Raises InputError when the folder holds something else, or a store of another plan, grid or number of rows.
+    Raises InputError when the folder holds something else, or a store of another plan, grid or number of rows, and
+    StoreDamage for a finished store whose metadata are not as they were written.
     """
     path = Path(path)
     if num_rows < 1:
         raise InputError(f"a store needs at least one scan, got {num_rows} for {path}; check the source")
     files = _metadata(plan, grid_zyx, num_rows)
+    if (path / COMPLETE).exists():
+        listed = store_files.read_complete(path)["files"]
+        if problem := next(filter(None, (store_files.file_damage(path, n, listed[n], True) for n in METADATA)), None):
+            raise StoreDamage(f"{problem}; restore the file, or convert into a new folder")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give the path of a new folder for the store")
     if (path / PLAN).exists():
@@ -292,7 +297,10 @@ class Store:
                 read.result()
             except ValueError as error:
                 file = self.path / _shard_file(name, row // self._shard_volumes)
-                raise StoreDamage(f"row {row} cannot be read from {file}: {str(error).splitlines()[0]}") from None
+                raise StoreDamage(
+                    f"row {row} cannot be read from {file}: {str(error).splitlines()[0]}; restore the file, or remove "
+                    "it and convert again"
+                ) from None
         return out
 
 

@@ -155,12 +155,16 @@ def scans_table(records: Iterable[dict[str, Any]], participant_names: Sequence[s
     return pa.Table.from_pylist(rows, schema)
 
 
-def mark_duplicates(records: Iterable[dict[str, Any]], first_id: dict[str, str]) -> None:
-    """Taken scans whose voxels equal an earlier one's get its id and a warning; `first_id` (voxel hash → id) is kept up
-    by this call, so that shards can be given one after another."""
+Voxels = tuple[str, float, float]
+"""What makes two stored volumes equal: the hash of the codes, and the scale and offset that turn them into values."""
+
+
+def mark_duplicates(records: Iterable[dict[str, Any]], first_id: dict[Voxels, str]) -> None:
+    """Taken scans whose voxels equal an earlier one's get its id and a warning; `first_id` (voxels → id) is kept up by
+    this call, so that shards can be given one after another."""
     for scan in records:
         if scan["status"] != "refused":
-            voxels = scan["voxels_xxh3_128"]
+            voxels = scan["voxels_xxh3_128"], scan["scale"], scan["offset"]
             if voxels in first_id:
                 scan["warnings"] = [*scan["warnings"], "duplicate_of"]
                 scan |= {"duplicate_of": first_id[voxels], "status": "warning"}
@@ -171,16 +175,21 @@ def mark_duplicates(records: Iterable[dict[str, Any]], first_id: dict[str, str])
 def write_tables(path: Path, journal: Sequence[int]) -> None:
     """scans.parquet and refused.jsonl from the journal records of these shards, in row order."""
     names = sorted({name for s in journal for scan in _records(path, s) for name in scan.get("participant", ())})
-    tables, refused, first_id = [], [], {}  # type: ignore[var-annotated]
+    tables, first_id = [], {}  # type: ignore[var-annotated]
     for shard in journal:
         records = _records(path, shard)
         mark_duplicates(records, first_id)
         tables.append(scans_table(records, names))
-        refused += [json.dumps(scan, sort_keys=True) + "\n" for scan in records if scan["status"] == "refused"]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(tables).combine_chunks(), sink, compression="zstd")
     write(path, SCANS, memoryview(sink.getvalue()))
-    write(path, REFUSED, "".join(refused).encode())
+    write_refused(path, journal)
+
+
+def write_refused(path: Path, journal: Sequence[int]) -> None:
+    """refused.jsonl from the journal records of these shards, in row order; all of them in a finished store."""
+    refused = (scan for shard in journal for scan in _records(path, shard) if scan["status"] == "refused")
+    write(path, REFUSED, "".join(json.dumps(scan, sort_keys=True) + "\n" for scan in refused).encode())
 
 
 def _records(path: Path, shard: int) -> list[dict[str, Any]]:

@@ -148,10 +148,15 @@ def convert(
             _check_refused(summary, num_rows, max_refused)
             return len(records)
 
-        if tasks:
-            pool.run(convert_shard, tasks, workers, collect, num_volumes)
-        with ownership.mutex(store):
-            _finish(store, scans, summary, max_refused)
+        try:
+            if tasks:
+                pool.run(convert_shard, tasks, workers, collect, num_volumes)
+            with ownership.mutex(store):
+                _finish(store, scans, summary, max_refused)
+        except TooManyRefused:
+            with ownership.mutex(store):
+                store_files.write_refused(store, sorted(stores.finished_shards(store)))
+            raise
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -279,7 +284,8 @@ def _mended(records: list[dict[str, Any]], scans: list[ScanFile], since_s: float
 def _check_refused(summary: Summary, num_rows: int, max_refused: float | None) -> None:
     counts = ", ".join(f"{count} {code}" for code, count in sorted(summary.reasons.items()))
     first = f"; the first: {'; '.join(summary.examples)}"
-    if max_refused is not None and summary.refused > max_refused * num_rows:
+    first += f"; all so far: {summary.store / store_files.REFUSED}"
+    if max_refused is not None and summary.refused > max_refused * num_rows * (1 + 1e-9):  # 0.29 × 100 is below 29
         raise TooManyRefused(
             f"{summary.refused} of {num_rows} scans are refused ({counts}), more than the {max_refused:.1%} allowed; "
             f"{summary.store} is left unfinished: run again with a larger --max-refused, or mend the source{first}"

@@ -32,7 +32,7 @@ class ScanFile:
     contrast: str = ""
     participant: dict[str, str] = field(default_factory=dict)
     mask: Path | None = None
-    """Brain mask that comes with the scan, on the same voxels."""
+    """Brain mask that comes with the scan, on any grid of the same world."""
     mask_source: str = ""
     """Its path relative to the source's root, with '/'."""
     code: str = ""

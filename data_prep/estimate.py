@@ -127,10 +127,11 @@ def text(e: Estimate) -> str:
         f"inodes     {e.inodes:,} ({e.shards:,} shards)",
     ]
     if e.store_bytes > 0:
+        size = f"{e.store_bytes / 1e9:,.2f} GB" if e.store_bytes >= 1e8 else f"{e.store_bytes / 1e6:,.1f} MB"
         short = ": NOT ENOUGH" if e.store_bytes > e.free_bytes else ""
         spoken = f"{e.seconds / 60:.1f} min" if e.seconds >= 90 else f"{e.seconds:.1f} s"
         lines += [
-            f"bytes      {e.store_bytes / 1e9:,.2f} GB; the disk has {e.free_bytes / 1e9:,.1f} GB free{short}",
+            f"bytes      {size}; the disk has {e.free_bytes / 1e9:,.1f} GB free{short}",
             f"hours      {e.seconds / 3600:.3g} ({spoken}) with {e.workers} workers on as many cores",
             f"memory     {e.workers * e.worker_bytes / 1e9:.1f} GB ({e.worker_bytes / 1e9:.2f} GB per worker)",
         ]

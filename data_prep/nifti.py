@@ -64,10 +64,10 @@ def read(path: Path, assume_orientation: str = "", frame: int | None = None, min
     content = Content(stored_bytes(path))
     header = _header(content, path)
     warnings: list[str] = []
-    if content.is_gzip != (path.suffix == ".gz"):
+    if content.is_gzip != (path.suffix.lower() == ".gz"):
         warnings.append("wrong_suffix")
     pair = header["magic"].item()[:2] == b"ni"
-    if pair != (path.name.removesuffix(".gz").endswith(".hdr")):
+    if pair != path.name.lower().removesuffix(".gz").endswith(".hdr"):
         if pair:
             raise Refused("not_nifti", "its header says that the voxels are in an .img file; name it .hdr, beside that")
         warnings.append("wrong_suffix")
@@ -113,7 +113,7 @@ def read_shape(
     affine = _affine(header, shape, assume_orientation, [])
     affines.check_extent(affine, shape, min_extent_mm)
     image = _image_path(path) if header["magic"].item()[:2] == b"ni" else path
-    room = image.stat().st_size * (DEFLATE_MAX_RATIO if content.is_gzip or image.suffix == ".gz" else 1) + 1024
+    room = image.stat().st_size * (DEFLATE_MAX_RATIO if content.is_gzip or image.suffix.lower() == ".gz" else 1) + 1024
     if math.prod(shape) * num_frames * dtype.itemsize > room:
         raise Refused("truncated", "it is too small for the voxels that its header announces; copy it again")
     return shape, affine
@@ -125,8 +125,8 @@ def axes_to_ras(affine: np.ndarray) -> np.ndarray:
 
 
 def _image_path(path: Path) -> Path:
-    stem = path.name.removesuffix(".gz").removesuffix(".hdr")
-    for suffix in (".img", ".img.gz"):
+    stem = path.name[: len(path.name.lower().removesuffix(".gz").removesuffix(".hdr"))]
+    for suffix in (".img", ".img.gz", ".IMG", ".IMG.GZ"):
         if (image := path.with_name(stem + suffix)).exists():
             return image
     raise Refused("truncated", f"there is no {stem}.img or {stem}.img.gz beside it; copy that file too")

@@ -39,7 +39,7 @@ def owner(store: Path, task: tuple[int, int]) -> Iterator[None]:
     mine = FileLock(folder / f"{i}-of-{n}")
     with mutex(store):
         folder.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
+        for file in sorted(folder.glob("*-of-*")):
             j, m = map(int, file.name.split("-of-"))
             if (i - j) % math.gcd(n, m) == 0 and not _remove_if_dead(file):
                 raise InputError(
@@ -52,8 +52,8 @@ def owner(store: Path, task: tuple[int, int]) -> Iterator[None]:
         with mutex(store):
             Path(mine.lock_file).unlink(missing_ok=True)
             mine.release()
-            if all([_remove_if_dead(file) for file in folder.iterdir()]):
-                with suppress(FileNotFoundError):
+            if all([_remove_if_dead(file) for file in folder.glob("*-of-*")]):
+                with suppress(OSError):  # a network file system may keep files of its own there a while longer
                     folder.rmdir()
                     (store / MUTEX).unlink()
 

@@ -18,7 +18,7 @@ KEY_BYTES = 32
 HASH_BYTES = 10
 """80 bits: among 10 million names two are equal with a chance of 4 in 10¹¹."""
 HIDDEN_SENTENCE = (
-    "the reason may name people or files and is not kept; run with --plan and without --hash-ids to read it"
+    "the reason may name people or files and is not kept; convert this file alone without --hash-ids to read it"
 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from brainscale.config import InputError
 from brainscale.store import Store, damage
-from brainscale.store_files import StoreDamage
+from brainscale.store_files import StoreDamage, read_complete
 from brainscale_data_prep import discover, pool, pseudonyms
 from brainscale_data_prep.discover import Found, ScanFile
 from brainscale_data_prep.nifti import Refused
@@ -18,9 +18,13 @@ from brainscale_data_prep.shards import Grid, read
 
 ROWS_PER_TASK = 16
 MAX_LISTED = 5
-ROUNDED_COLUMNS = ("mean", "std", "clip_low", "clip_high", "foreground_threshold", "foreground_fraction", "scale")
+ROUNDED_COLUMNS = (
+    "mean", "std", "clip_low", "clip_high", "foreground_threshold", "foreground_fraction", "scale", "offset",
+    "background_code", "cropped_fraction",
+)  # fmt: skip
 """Sums of floats, whose last digits differ between CPU types."""
 EXACT_COLUMNS = ("source_xxh3_128", "affine_source", "affine_stored", "shape_source_xyz", "crop_voxels_xyz", "warnings")
+NAMES = ("subject", "session", "contrast")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,13 @@ def verify(
 ) -> list[str]:
     """Every difference between a store and its source, one sentence each; none when they agree.
 
-    The store's own plan is applied again to every scan. Arguments and errors are those of `convert`.
+    The store's own plan is applied again to every scan. Raises InputError for what is no finished store, or a source
+    that holds none of its scans.
     """
+    try:
+        read_complete(store_path)
+    except StoreDamage as damaged:
+        return [str(damaged)]
     problems = damage(store_path, deep=False)
     if problems:
         return problems
@@ -65,7 +74,7 @@ def verify(
     parts = [pairs[start : start + ROWS_PER_TASK] for start in range(0, len(pairs), ROWS_PER_TASK)]
     if not parts:
         raise InputError(f"{source} holds none of the scans of {store_path}; give the source that it was made from")
-    columns = {name: store.column(name) for name in (*EXACT_COLUMNS, *ROUNDED_COLUMNS)}
+    columns = {name: store.column(name) for name in (*NAMES, *EXACT_COLUMNS, *ROUNDED_COLUMNS)}
     stored: dict[int, dict[str, Any]] = {scan["row"]: {"reason": scan["reason"]} for scan in store.refused}
     stored.update({row: {name: c[at] for name, c in columns.items()} for at, row in enumerate(store.rows.tolist())})
     grid_xyz = store.volume_zyx[::-1]
@@ -91,8 +100,10 @@ def verify_rows(task: Task) -> tuple[list[str], int]:
         if now != was:
             words = (f"refused ({code})" if code else "taken" for code in (was, now))
             problems.append(f"row {row}, {file.source}: was {', would now be '.join(words)}")
-        elif not isinstance(outcome, Refused) and (difference := _difference(task.store, row, stored, outcome[1])):
-            problems.append(f"row {row}, {file.source}: {difference}")
+        elif not isinstance(outcome, Refused):
+            names = [f"{n} is {stored[n]!r}, now {getattr(file, n)!r}" for n in NAMES if stored[n] != getattr(file, n)]
+            if difference := ", ".join(names) or _difference(task.store, row, stored, outcome[1]):
+                problems.append(f"row {row}, {file.source}: {difference}")
     return problems, len(task.rows)
 
 

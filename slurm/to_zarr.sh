@@ -1,8 +1,8 @@
 #!/bin/bash
 # Convert NIfTI into a store as a Slurm array: sbatch --array=0-7 slurm/to_zarr.sh SOURCE STORE [options of to_zarr.py]
 # Example: sbatch --array=0-7 slurm/to_zarr.sh /data/bids /data/stores/brains --prep configs/prep/brain_1mm.toml
-# The tasks write one store, and the last to end finishes it. What was killed continues by the same line; to start task 3
-# of 8 alone: SHARDS=8 sbatch --array=3 slurm/to_zarr.sh SOURCE STORE ...
+# The array's numbers must follow one another. The tasks write one store, and the last to end finishes it. What was killed
+# continues by the same line; to start task 3 of 8 alone: SHARDS=8 sbatch --array=3 slurm/to_zarr.sh SOURCE STORE ...
 #SBATCH --job-name=brainscale-to-zarr
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

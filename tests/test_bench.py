@@ -13,7 +13,7 @@ from conftest import refusal, run_brainscale
 from brainscale.bench import convert, converters, read
 from brainscale.bench.converters import Job, Written
 from brainscale.bench.record import compare_sizes, measure, on_one_core, write
-from brainscale.config import Plan
+from brainscale.config import InputError, Plan
 from brainscale_data_prep import discover, nifti
 
 KEYS = {
@@ -175,3 +175,8 @@ def threads():
     import os
 
     return {"affinity": len(os.sched_getaffinity(0)), "blas": os.environ["OPENBLAS_NUM_THREADS"]}
+
+
+def test_another_source_than_the_store_s_is_named_before_anything_is_measured(tiny_store, tmp_path):
+    with pytest.raises(InputError, match="give as --source the folder"):
+        read.run(tiny_store, tmp_path, quick=True)

@@ -1,5 +1,6 @@
 """Conversion end to end: what lands in the store, the same bytes however it was run, and every way it can stop."""
 
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ from conftest import FULL, ROOT
 from brainscale import store as stores
 from brainscale.config import InputError, Plan, load
 from brainscale_data_prep import discover, nifti
-from brainscale_data_prep.convert import TooManyRefused, convert, report_line
+from brainscale_data_prep.convert import Summary, TooManyRefused, _check_refused, convert, report_line
 from brainscale_data_prep.ownership import owner
 from brainscale_data_prep.preprocess import prepare
 from brainscale_data_prep.shards import Task, convert_shard
@@ -224,6 +225,33 @@ def test_a_second_writer_of_a_shard_is_refused(tmp_path, first, second, meet):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_budget_is_what_it_says_in_decimals():
+    """0.29 × 100 is a little below 29 in binary."""
+    summary = Summary(refused=29, taken=71)
+    _check_refused(summary, 100, 0.29)
+    with pytest.raises(TooManyRefused, match="more than the 28"):
+        _check_refused(summary, 100, 0.28)
+
+
+def test_files_that_a_network_file_system_leaves_among_the_locks_do_no_harm(tmp_path):
+    with owner(tmp_path, (0, 2)):
+        (tmp_path / ".owners" / ".nfs0001").touch()
+        with owner(tmp_path, (1, 2)):
+            pass
+    assert [path.name for path in (tmp_path / ".owners").iterdir()] == [".nfs0001"]
+
+
+def test_a_finished_store_with_damaged_metadata_is_named(source, unbroken, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(unbroken[0], store)
+    file = store / "volumes" / "zarr.json"
+    data = bytearray(file.read_bytes())
+    data[40] ^= 0x80
+    file.write_bytes(data)
+    with pytest.raises(stores.StoreDamage, match=r"volumes/zarr\.json is not what was written .*; restore the file"):
+        convert(source, store, PLAN, workers=1)
+
+
 def test_the_lock_of_a_dead_process_is_taken_over(source, unbroken, tmp_path):
     store = tmp_path / "store"
     process = start(source, store)
@@ -242,6 +270,8 @@ def test_the_refusal_budget_holds(source, unbroken, tmp_path):
     with pytest.raises(TooManyRefused, match=r"1 of 13 scans are refused \(1 truncated\), more than the 5.0%"):
         convert(source, store, PLAN, workers=1, max_refused=0.05)
     assert not (store / "COMPLETE.json").exists()
+    listed = [json.loads(line) for line in (store / "refused.jsonl").read_text().splitlines()]
+    assert [(scan["source"], scan["reason"]) for scan in listed] == [("sub-12_T1w.nii.gz", "truncated")]
     assert convert(source, store, PLAN, workers=1, max_refused=0.10).volumes_now < 13
     assert tree(store) == tree(unbroken[0])
 

@@ -177,3 +177,28 @@ def test_what_is_darker_than_a_constant_background_is_refused():
     plan = Plan(grid_voxels_xyz=(32, 32, 32), spacing_mm_xyz="native")
     with pytest.raises(Refused, match="brighter than its background"):
         prepare(scan, plan, (32, 32, 32))
+
+
+def a_head(rng):
+    """A bright ellipsoid in dark air with noise: no constant background."""
+    grid = np.meshgrid(*[np.linspace(-1.3, 1.3, n) for n in (40, 44, 40)], indexing="ij")
+    return np.where(sum(g**2 for g in grid) < 1, rng.normal(1000, 80, (40, 44, 40)), rng.normal(60, 20, (40, 44, 40)))
+
+
+def test_air_brighter_than_the_head_is_warned_of():
+    voxels, plan = a_head(np.random.default_rng(0)), Plan(grid_voxels_xyz=(40, 44, 40), spacing_mm_xyz="native")
+    for values, warned in ((voxels, []), (2000 - voxels, ["bright_background"])):
+        scan = Scan(np.asfortranarray(values.astype(np.int16)), 1.0, 0.0, np.eye(4), b"", [], "", 0)
+        assert prepare(scan, plan, (40, 44, 40)).record["warnings"] == warned
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "warned"),
+    [(1, "int16", False), (100, "int16", True), (1, "uint8", True), (9, "float32", False)],
+)
+def test_whole_numbers_that_are_rounded_carry_a_warning(factor, dtype, warned):
+    voxels = (a_head(np.random.default_rng(0)) * factor).astype(np.int32)
+    plan = Plan(grid_voxels_xyz=(40, 44, 40), spacing_mm_xyz="native", dtype=dtype)
+    scan = Scan(np.asfortranarray(voxels), 1.0, 0.0, np.eye(4), b"", [], "", 0)
+    record = prepare(scan, plan, (40, 44, 40)).record
+    assert ("rounded_integers" in record["warnings"]) == warned

@@ -351,3 +351,15 @@ def test_a_real_input_output_error_is_a_refusal(monkeypatch):
     with pytest.raises(Refused, match=r"cannot be read: .+ \(tried 3 times\)") as refused:
         nifti.read(Path("/proc/self/mem"))
     assert refused.value.code == "unreadable"
+
+
+def test_upper_case_pairs_are_read(tmp_path):
+    nifti.write(tmp_path / "a.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[344:348], content[108:112] = b"ni1\0", np.float32(0).tobytes()
+    (tmp_path / "B.HDR").write_bytes(content[:348])
+    (tmp_path / "B.IMG").write_bytes(content[352:])
+    scan = nifti.read(tmp_path / "B.HDR")
+    assert scan.warnings == [] and scan.voxels.ravel(order="F").tolist() == list(
+        np.arange(60).reshape(3, 4, 5).ravel(order="F")
+    )

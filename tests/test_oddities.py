@@ -45,7 +45,7 @@ NATURAL = {
     "oro_avg152T1.hdr.gz": "no_affine",  # Analyze 7.5
     "ras.hdr": "",
     "rgb24_fa_map.nii.gz": "rgb",
-    "stat_map_nan.nii.gz": "non_finite",  # a statistic: nothing in voxels, header or name says so
+    "stat_map_nan.nii.gz": "bright_background,non_finite",  # a statistic: nothing in its header or name says so
     "with_extension.nii.gz": "not_a_brain_scan",  # a mask
 }
 SCANNERS = {"GE_fmri_4d.nii": "four_d", "Siemens_fmri_4d.nii": "four_d", "Siemens_pcasl_m0.nii": ""}

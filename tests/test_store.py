@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from xxhash import xxh3_128_hexdigest
 
-from brainscale import store
+from brainscale import store, store_files
 from brainscale.config import InputError, Plan
 from brainscale.store import StoreDamage
 
@@ -207,6 +207,14 @@ def test_equal_voxels_are_named_as_duplicates(whole):
     assert opened.column("warnings")[copied][0] == ["duplicate_of"]
     assert opened.column("status").tolist() == ["warning", "ok", "ok", "ok", "warning", "ok"]
     assert set(opened.column("duplicate_of")[~copied]) == {""}
+
+
+def test_equal_codes_of_other_scale_are_no_duplicates():
+    """A scan and its negative are stored in the same codes; they are not the same voxels."""
+    scans = [{"id": name, "status": "ok", "warnings": [], "voxels_xxh3_128": "a" * 32, "scale": scale, "offset": 0.0}
+             for name, scale in (("one", 2.0), ("negative", -2.0), ("again", 2.0))]  # fmt: skip
+    store_files.mark_duplicates(scans, {})
+    assert [scan.get("duplicate_of", "") for scan in scans] == ["", "", "one"]
 
 
 @pytest.mark.parametrize("row", [REFUSED_ROW, -1, ROWS])

@@ -26,7 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from brainscale import store as stores
 from brainscale.bench.record import measure, on_one_core, skipped
-from brainscale.config import Plan
+from brainscale.config import InputError, Plan
 from brainscale.geometry import Zyx
 from brainscale.store import Store, open_store
 from brainscale_data_prep.convert import convert
@@ -138,6 +138,8 @@ def _store_lines(
     corners = rng.integers(0, np.array(store.volume_zyx) - size + 1, (n + WARMUP, 3)).tolist()
     names = dict(zip(store.rows.tolist(), store.column("source")))
     files = [source / names[row] for row in rows] if source else []
+    if missing_file := next((file for file in files if not file.is_file()), None):
+        raise InputError(f"{missing_file} does not exist; give as --source the folder that {store.path} was made from")
     shards = [store.path / stores._shard_file("volumes", row // array.shards[0]) for row in rows]
 
     def row_of(turn: int) -> int:
