@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def commit() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that no reader sees half of it."""
-    temporary = path.with_name(f"{path.name}.partial")
+    """Replace a file in one step, so that no reader sees half of it; several processes may do so at once."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -17,8 +17,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from brainscale import store_files
 from brainscale.figures import OPPOSITE
+from brainscale.provenance import write_text
 from brainscale.qc_figures import COLOURS, cropped_chart, histogram_rows, three_planes
 from brainscale.qc_scans import AXES, MIN_PEERS, OUTLIER, Scans, unusual
 from brainscale.store import Store, open_store
@@ -129,7 +129,7 @@ def write(store_path: Path, out: Path | None = None) -> Path:
         zip=zip,
     )
     # A file name that is not UTF-8 travels as lone surrogates, which have no bytes.
-    store_files.write(out.parent, out.name, page.encode("utf-8", "backslashreplace"))
+    write_text(out, page.encode("utf-8", "backslashreplace").decode())
     return out
 
 

@@ -5,7 +5,6 @@ is not there yet is a sentence on the page; a part that cannot be read is an err
 """
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from brainscale.figures import (
     spectrum_charts,
     speed_charts,
 )
+from brainscale.provenance import write_text
 
 MAX_EVALUATIONS = 6
 
@@ -70,9 +70,8 @@ def write(run_dir: Path) -> Path:
         spectra=spectrum_charts(evaluations, config),
         speed=speed_charts(metrics),
     )
-    temporary, final = run_dir / "report.html.tmp", run_dir / "report.html"
-    temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
-    os.replace(temporary, final)
+    final = run_dir / "report.html"
+    write_text(final, page.encode("utf-8", "backslashreplace").decode())
     return final
 
 

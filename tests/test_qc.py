@@ -4,6 +4,7 @@ import base64
 import re
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import ROOT, run_brainscale, write_tiny_store
 
 from brainscale import qc, qc_figures, store
 from brainscale.config import Plan
+from brainscale.provenance import write_text
 from brainscale.qc_scans import Scans, unusual
 
 EVIL = "<script>alert(1)</script>"
@@ -179,3 +181,12 @@ def test_every_code_of_the_reader_has_its_words_on_the_page_and_in_the_readme():
 def test_the_command_writes_a_store_s_page(path):
     done = run_brainscale("report", path)
     assert done.stdout.strip() == f"{path}.qc.html" and Path(f"{path}.qc.html").is_file()
+
+
+def test_pages_written_at_once_do_not_harm_each_other(tmp_path):
+    """Tasks of an array that end together all find the store finished, and all write its page."""
+    out, text = tmp_path / "page.html", "x" * 100_000
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write_text(out, text), range(400)))
+    assert out.read_text(encoding="utf-8") == text
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
