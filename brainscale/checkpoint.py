@@ -1,193 +1,151 @@
-"""Checkpoints: atomic, hashed, independent of the number of ranks.
+"""Saving and loading a DeepSpeed engine of any world size, ZeRO stage and accumulation. The files: checkpoint_files.py.
 
-    RUN/checkpoints/step-00000300/   weights.safetensors    fp32 parameters by name
-                                     optimizer.safetensors  exp_avg and exp_avg_sq by parameter name
-                                     state.json             step, cursor, config, plan hash, versions
-                                     MANIFEST.json          bytes and xxh3_128 of the three
-    RUN/checkpoints/latest           name of the newest one
-
-A save is written to a temporary directory, hashed, flushed to disk and renamed; the pointer moves last. What a kill
-leaves behind is a temporary directory, swept by the next start. DeepSpeed's own pointer can be published before other
-ranks have finished, so its format is not used.
+A save gathers whole fp32 tensors on rank 0's host memory, which every rank takes part in and which stalls the step;
+rank 0 then writes them, behind the following steps where that is wanted. A rank that is told to go on has no part in
+the files, so the pointer can move when rank 0 has written. Whether the writing failed is agreed before anything else
+is saved, so that all ranks stop for the same reason.
 """
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, replace
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import xxhash
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from safetensors.torch import load_file, save_file
 
-from brainscale.config import InputError
-from brainscale.distributed import World, broadcast
-from brainscale.engine import torch_optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from brainscale import checkpoint_files as files
+from brainscale.checkpoint_files import Tensors, TrainState
+from brainscale.config import Checkpoint, InputError
+from brainscale.distributed import World, broadcast, gather
+from brainscale.engine import MOMENTS, fill, full, torch_optimizer
+from brainscale.faults import fault_point
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """Everything a run is besides tensors. step: finished steps; updates: AdamW's own count, lower where DeepSpeed left
-    out a step with a gradient that is not finite; cursor: global index of the next sample;
-    time_s: seconds spent training so far; config, versions: as dumped; plan_hash, data_hash: of the store's plan and of
-    the training rows; volume_zyx: voxels of what the model sees."""
+class SaveFailed(RuntimeError):
+    """Rank 0 could not write a checkpoint; `error` is why (on every rank)."""
 
-    step: int
-    updates: int
-    cursor: int
-    time_s: float
-    config: dict[str, Any]
-    plan_hash: str
-    data_hash: str
-    volume_zyx: tuple[int, int, int]
-    versions: dict[str, str]
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"the checkpoint could not be saved ({error})")
+        self.error = error
 
 
-def save(engine: deepspeed.DeepSpeedEngine, state: TrainState, root: Path, world: World) -> None:
-    """Collective: every rank takes part in gathering, rank 0 writes. root: RUN/checkpoints.
+class Saver:
+    """Saves an engine's state under `root` (RUN/checkpoints)."""
 
-    Raises FloatingPointError when a tensor is not finite; then nothing is written.
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, root: Path, world: World, settings: Checkpoint) -> None:
+        self.engine, self.root, self.world, self.settings = engine, root, world, settings
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+        self.saved_step = -1
+        self.write_s = 0.0
+
+    def save(self, state: TrainState, wait: bool) -> None:
+        """Collective. `wait`: return when it is on disk on every rank's behalf, else when the copy is made.
+
+        Raises SaveFailed on every rank when this save (with `wait`) or the one before it failed.
+        """
+        self.finish()
+        fault_point("save.begin")
+        weights, moments, updates = snapshot(self.engine, self.world)
+        fault_point("save.copied")
+        self.saved_step = state.step
+        if self.world.is_first:
+            self.writing = self.writer.submit(self._write, replace(state, updates=updates), weights, moments)
+        if wait or not self.settings.background:
+            self.finish()
+
+    def failed(self) -> bool:
+        """Whether a save that went on behind the steps has ended in an error (known on rank 0)."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def finish(self) -> None:
+        """Collective: wait for the writing. Raises SaveFailed on every rank if it failed."""
+        error: BaseException | None = None
+        if self.writing is not None:
+            error, self.writing = self.writing.exception(), None
+        error = broadcast(error, self.world)
+        if isinstance(error, Exception):
+            raise SaveFailed(error)
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self.writer.shutdown()
+
+    def _write(self, state: TrainState, weights: Tensors, moments: Tensors) -> None:
+        begin = time.monotonic()
+        files.write(self.root, state, weights, moments)
+        files.prune(self.root, self.settings.keep_last, self.settings.keep_every_steps)
+        self.write_s = time.monotonic() - begin
+        fault_point("save.end")
+
+
+def snapshot(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[Tensors, Tensors, int]:
+    """Collective: copies of the fp32 weights and moments in rank 0's host memory (empty elsewhere), and AdamW's count.
+
+    One tensor is gathered at a time, so the device holds one whole tensor more than usual.
     """
-    weights, moments = _gather(engine, world)
-    if not world.is_first:
-        return
-    broken = [name for name, tensor in {**weights, **moments}.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise FloatingPointError(f"step {state.step}: {len(broken)} tensors are not finite ({broken[0]}, …); not saved")
-    updates = next(iter(torch_optimizer(engine).state.values()))["step"]
-    state = replace(state, updates=int(updates))
-    final = root / f"step-{state.step:08d}"
-    temporary = root / f".tmp-{final.name}-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    save_file(weights, temporary / "weights.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    manifest = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _hash(p)} for p in sorted(temporary.iterdir())}
-    (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _fsync(root)
-    pointer = root / "latest.tmp"
-    pointer.write_text(final.name)
-    _fsync(pointer)
-    pointer.replace(root / "latest")
-    _fsync(root)
+    weights: Tensors = {}
+    moments: Tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        for key, target, moment in ((name, weights, None), *((f"{name}.{m}", moments, m) for m in MOMENTS)):
+            tensor = full(engine, parameter, moment)
+            if world.is_first:
+                target[key] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+    updates = int(next(iter(torch_optimizer(engine).state.values()))["step"])
+    return weights, moments, updates
 
 
 def newest(root: Path, world: World) -> Path | None:
-    """The newest checkpoint whose hashes hold, agreed by all ranks; None when there is none at all.
+    """Collective: the newest checkpoint whose hashes hold where every rank reads them; None when there is none at all.
 
-    A damaged one is named on standard output and the one before it taken. Raises InputError when all are damaged.
+    A damaged one is named on standard output, set aside, and the one before it taken. The pointer is set right. Raises
+    InputError when all are damaged. Rank 0 must hold the run folder.
     """
-    choice: tuple[str | None, str | None] = (None, None)
     if world.is_first and root.is_dir():
-        for litter in root.glob(".tmp-*"):
-            shutil.rmtree(litter)
-        steps = sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
-        for path in steps:
-            problem = damage(path)
-            if problem is None:
-                choice = (path.name, None)
-                break
-            print(f"DAMAGED CHECKPOINT, falling back to the one before it: {problem}", flush=True)
-        else:
-            if steps:
-                choice = (None, f"none of the {len(steps)} checkpoints in {root} is intact; move the folder away")
-    name, fault = broadcast(choice, world)
-    if fault:
-        raise InputError(fault)
-    return root / name if name else None
-
-
-def damage(path: Path) -> str | None:
-    """One sentence about what is wrong with a checkpoint directory, or None."""
-    try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"{path}/MANIFEST.json cannot be read ({error})"
-    for name, record in manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != record["bytes"]:
-            return f"{file} is missing or has another size than its manifest says"
-        if _hash(file) != record["xxh3_128"]:
-            return f"{file} does not have the hash of its manifest"
-    return None
-
-
-def read_state(path: Path) -> TrainState:
-    """The state of a checkpoint directory."""
-    fields = json.loads((path / "state.json").read_text())
-    return TrainState(**{**fields, "volume_zyx": tuple(fields["volume_zyx"])})
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """fp32 parameters by name, on the CPU."""
-    return load_file(path / "weights.safetensors")
+        files.sweep(root)
+    candidates = broadcast([path.name for path in reversed(files.directories(root))], world)
+    damaged: list[tuple[str, str]] = []
+    for name in candidates:
+        problems = gather(files.damage(root / name), world)
+        found = next((f"{problem} (rank {rank})" for rank, problem in enumerate(problems) if problem), None)
+        if found is None:
+            break
+        damaged.append((name, found))
+    else:
+        if candidates:
+            raise InputError(
+                f"none of the {len(candidates)} checkpoints in {root} is intact ({damaged[0][1]}); restore one, or "
+                "move the folder away to begin again"
+            )
+        return None
+    if world.is_first:
+        for other, problem in damaged:
+            aside = files.set_aside(root / other)
+            print(f"DAMAGED CHECKPOINT, falling back to the one before it: {problem}; it is now {aside}", flush=True)
+        if not (root / files.LATEST).is_file() or (root / files.LATEST).read_text() != name:
+            files.point(root, name)
+    fault_point("load.found")
+    return root / name
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
-    """Collective: put a checkpoint into an engine made by `engine.start`, of any world size and ZeRO stage 1 or 2.
+    """Collective: put a verified checkpoint into an engine made by `engine.start`, of any world size and ZeRO stage.
 
-    Every tensor and AdamW's step count are overwritten; DeepSpeed's setter does not refresh the model's own copy of a
-    weight, so that is written too.
+    Every tensor and AdamW's step count are overwritten. Raises InputError when the checkpoint's tensors are not those
+    of the model.
     """
-    state, tensors = read_state(path), {**read_weights(path), **load_file(path / "optimizer.safetensors")}
+    state, reader = files.read_state(path), files.Reader(path)
+    parameters: dict[str, Any] = dict(engine.module.named_parameters())
+    if parameters.keys() != reader.names():
+        different = sorted(parameters.keys() ^ reader.names())
+        raise InputError(f"{path} holds another model: {len(different)} tensors differ ({different[0]}, …)")
     with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            safe_set_full_fp32_param(parameter, tensors[name])
-            parameter.data.copy_(tensors[name])
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{name}.{moment}"], moment)
+        for name, parameter in parameters.items():
+            for moment in (None, *MOMENTS):
+                fill(engine, parameter, reader.get(name, moment).to(engine.device), moment)
         for slot in torch_optimizer(engine).state.values():
             slot["step"].fill_(state.updates)
+    fault_point("load.filled")
     return state
-
-
-def prune(root: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps` (0: none)."""
-    for path in sorted(root.glob("step-*"))[:-keep_last]:
-        if not keep_every_steps or int(path.name.removeprefix("step-")) % keep_every_steps:
-            shutil.rmtree(path)
-
-
-def _gather(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Full fp32 parameters and moments on rank 0's CPU (empty elsewhere), one parameter at a time."""
-    weights, moments = {}, {}
-    for name, parameter in engine.module.named_parameters():
-        full = {name: safe_get_full_fp32_param(parameter)}
-        full |= {f"{name}.{moment}": safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        if world.is_first:
-            kept = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in full.items()}
-            weights[name] = kept.pop(name)
-            moments.update(kept)
-    return weights, moments
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -73,29 +73,36 @@ def pretrain(
         print(dry_run_text(settings))
         return
     run_dir = Path(settings.run.dir or f"runs/{config.stem}")
+    from brainscale import stopping
+
+    stop = stopping.Stop()
     from brainscale import distributed, report, run_folder, train
     from brainscale.store import StoreDamage
 
     world = distributed.find()
-    distributed.start(world)
+    distributed.start(world, settings.health.first_timeout_s)
     code, sentence, ours, alone = 0, "done", True, False
     try:
-        train.run(settings, run_dir, world, allow_change)
+        train.run(settings, run_dir, world, stop, allow_change)
     except InputError as error:
         code, sentence = 2, str(error)
         ours, alone = not isinstance(error, run_folder.RunBusy), isinstance(error, StoreDamage)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
+    except train.LostRank as error:
+        code, sentence, alone = 5, str(error), True
     except (train.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
-    except KeyboardInterrupt:
-        code, sentence = 75, "stopped by Ctrl-C; the same command continues from the newest checkpoint"
+    except train.StoppedEarly as error:
+        code, sentence = 75, str(error)
     except BaseException as error:
         traceback.print_exc()
         code, sentence, alone = 1, f"{type(error).__name__}: {error}", True
+        if isinstance(error, OSError) and error.errno in train.DISK_FULL:
+            code, sentence = 75, f"the disk of {run_dir} is full; make room, then the same command continues"
     if code and (world.is_first or alone):
         rank = f" (rank {world.rank})" if world.size > 1 and alone else ""
-        print(f"error{rank}: {sentence}", file=sys.stderr)
+        print(f"error{rank}: {sentence}" if code != 75 else sentence, file=sys.stderr)
     if ours and run_dir.is_dir() and (world.is_first or alone):
         run_folder.write_exit(run_dir, code, sentence, world)
     if world.is_first and code in (0, 5):

@@ -191,8 +191,16 @@ class Train(Model):
     micro_batch_volumes: int = Field(default=32, gt=0)
     """Volumes per forward pass of one rank, at most; lowered to what one rank's share allows."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: fp32 master weights, fp32 accumulation and reduction of gradients, no loss scaling."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    compile: bool = False
+    """torch.compile of every block (ZeRO stages 0 to 2)."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of every block and compute it again in the backward pass: less memory, a third more work."""
+    stop_after_min: float = Field(default=0.0, ge=0)
+    """Save and stop (exit 75) this many minutes after the start of the process; 0: no limit. A Slurm job's own end is
+    watched without it."""
 
 
 class Optim(Model):
@@ -209,8 +217,10 @@ class Optim(Model):
 class Zero(Model):
     """DeepSpeed's sharding."""
 
-    stage: Literal[1, 2] = 1
-    """1 shards optimizer states over ranks, 2 gradients as well."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 shards nothing (fp32 only), 1 optimizer states over ranks, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: bool = False
+    """Keep optimizer states and the fp32 master in host memory and step there: slower, for models that do not fit."""
 
 
 class Checkpoint(Model):
@@ -221,6 +231,20 @@ class Checkpoint(Model):
     """Newest checkpoints kept; at least 2, since the last may be the damaged one."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this are never removed; 0: none."""
+    background: bool = True
+    """Write behind the next steps: training waits for the copy to host memory alone. A stop waits for the writing."""
+
+
+class Health(Model):
+    """When a run stops itself."""
+
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    """Steps in a row that may be left out because a loss or gradient is not finite; at the last of them the run ends
+    (exit 5)."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """After the first step, a rank that is silent, or a step that hangs, for this long ends the run (exit 5)."""
+    first_timeout_s: float = Field(default=1800.0, gt=0)
+    """The same for starting and the first step, which may compile."""
 
 
 class Log(Model):
@@ -257,6 +281,7 @@ class Config(Model):
     optim: Optim = Optim()
     zero: Zero = Zero()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     log: Log = Log()
     run: Run = Run()
 
@@ -272,13 +297,23 @@ class Config(Model):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} must be below train.num_steps {self.train.num_steps}"
             )
+        if self.train.precision == "bf16" and self.zero.stage == 0:
+            raise ValueError(
+                "train.precision bf16 with zero.stage 0 is another optimizer in DeepSpeed, which counts one step too "
+                'many; set zero.stage = 1, or train.precision = "fp32"'
+            )
+        if self.train.compile and self.zero.stage == 3:
+            raise ValueError("train.compile works with zero.stage 0 to 2; set another stage or train.compile = false")
+        if self.zero.offload_optimizer and self.zero.stage == 0:
+            raise ValueError("zero.offload_optimizer needs sharded states; set zero.stage to 1, 2 or 3")
         if self.spectral.compat == "paper" and self.spectral.scope != "volume":
             raise ValueError('spectral.compat = "paper" is defined on whole volumes; set spectral.scope = "volume"')
         return self
 
 
 MAY_CHANGE_ON_RESUME = (
-    "train.num_steps", "log", "checkpoint", "data.store", "data.loader", "data.workers", "zero", "kernels", "run",
+    "train.num_steps", "train.stop_after_min", "train.activation_checkpointing", "train.micro_batch_volumes", "log",
+    "checkpoint", "health", "data.store", "data.loader", "data.workers", "zero", "kernels", "run",
 )  # fmt: skip
 """Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
 compared are the hashes of its plan and scans."""

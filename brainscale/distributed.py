@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -85,10 +85,10 @@ def find() -> World:
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device, launcher)
 
 
-def start(world: World, timeout_min: float = 30.0) -> None:
-    """Join the process group. A peer that is killed or silent for `timeout_min` becomes an error here."""
+def start(world: World, timeout_s: float = 1800.0) -> None:
+    """Join the process group. A peer that is killed or silent for `timeout_s` becomes an error here."""
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=timeout_min))
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s))
 
 
 def broadcast(value: T, world: World) -> T:
@@ -98,6 +98,43 @@ def broadcast(value: T, world: World) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: T, world: World) -> list[T]:
+    """Every rank's value (of plain Python types) on every rank, in the order of ranks."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Agreement:
+    """The largest vote of any rank, told one call later, so that no step waits for it."""
+
+    def __init__(self, world: World) -> None:
+        """Collective."""
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.sent: tuple[torch.Tensor, Any] | None = None
+
+    def vote(self, value: int) -> int:
+        """Give this rank's vote; get the largest of the call before (0 at the first), or with one rank this one."""
+        if self.group is None:
+            return value
+        told = 0
+        if self.sent is not None:
+            box, work = self.sent
+            work.wait()
+            told = int(box)
+        box = torch.tensor(value)
+        self.sent = box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return told
+
+
+def shorten_timeouts(timeout_s: float) -> None:
+    """Let every process group give up after `timeout_s`; they are made with a longer time for the first step."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def wait(world: World) -> None:

@@ -1,30 +1,57 @@
 """DeepSpeed, and nothing else. One pure function computes its settings from ours; nobody writes a DeepSpeed file.
 
-Bound to DeepSpeed 0.19.8. What it forces on us:
-- bf16 with stage 1 and a separate fp32 accumulator silently becomes another optimizer (BF16_Optimizer, which drops
-  `overlap_comm`), so accumulation in bf16 runs at stage 2, where fp32 accumulation is kept.
-- `overlap_comm` is on by default only for stage 3.
-- its optimizer state does not exist before the first step, and is linked to parameters after the first group's step,
-  when the second group has none yet (then it cannot be read or saved); so `start` makes all of it at once.
-- on a CPU it would compile a shared-memory operator for a minute at start; gloo does that work here.
+Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us, each held by a test:
+- bf16 at stage 0 is another optimizer: it takes a step on zero gradients when it is made, so AdamW counts one too many
+  (runtime/fp16/unfused_optimizer.py). Settings refuse it; stage 1 on one rank is the same thing done right.
+- bf16 at stage 1 with a separate fp32 accumulator silently becomes BF16_Optimizer, which drops `overlap_comm`, so
+  accumulation in bf16 runs at stage 2, where fp32 accumulation is kept. `grad_accum_dtype` is the model's by default.
+- `overlap_comm` is on by default only for stage 3. Stages 1 and 2 all-reduce each bucket unless told to reduce each
+  part to its owner, which moves half the bytes.
+- stage 3 keeps up to 1e9 gathered elements between forward and backward, so that smaller models are never sharded.
+- stage 0 in fp32 neither skips a step with a gradient that is not finite nor reports the norm: `optim.GuardedAdamW`.
+- optimizer state does not exist before the first step, and is linked to parameters after the first group's step, when
+  the second group has none yet (then it cannot be read or saved); so `start` makes all of it at once.
+- at stage 3 its setter of full tensors fails where the ranks do not divide a tensor (`narrow` past the end of the last
+  part), so `fill` cuts and pads the parts itself; `safe_set_full_fp32_param` does not refresh the model's own copy.
+- an optimizer on the CPU compiles an operator for a minute unless torch's AdamW is permitted; so does, on a CPU, the
+  start of communication (gloo does that work here).
+- per-block torch.compile is for stages 0 to 2: stage 3's gathering hooks break its graphs (pytorch issue 115484).
+- its own `latest` may be published before other ranks have finished writing (engine.py, `save_checkpoint`: the barrier
+  comes last), and its files carry no hashes: checkpoints are ours.
+- stages 1 and 2 with offload keep the gradients of a step that was left out, which spoils all later ones when they are
+  accumulated: `forget_gradients`.
+- it holds a process group to the end, which aborts gloo's shutdown: leave by `distributed.leave`.
 """
 
+import math
 import warnings
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import nn
+from torch.nn import functional as F
 
 from brainscale.config import Config, InputError
 from brainscale.distributed import World
+from brainscale.layers import Trunk
 from brainscale.optim import make_optimizer
 
-warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", FutureWarning)
 
 BUCKET_ELEMENTS = 50_000_000
 """DeepSpeed's default of 5e8 elements costs 2 GB; the encoders here have 2e7 to 6e8 parameters."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state per parameter."""
 
 
 def batch_split(config: Config, world_size: int) -> tuple[int, int]:
@@ -45,33 +72,54 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def zero_stage(config: Config, accumulation: int) -> int:
-    """The stage that runs: bf16 with accumulation needs stage 2 (see the module's docstring)."""
-    return 2 if config.train.precision == "bf16" and accumulation > 1 else config.zero.stage
+    """The stage that runs: bf16 with accumulation needs stage 2 at least (see the module's docstring)."""
+    needs_2 = config.train.precision == "bf16" and accumulation > 1
+    return max(config.zero.stage, 2) if needs_2 else config.zero.stage
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """Our settings in DeepSpeed's words. Pure."""
     micro, accumulation = batch_split(config, world_size)
+    stage = zero_stage(config, accumulation)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
+    if stage in (1, 2):
+        zero |= {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
+    if stage == 3:
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": BUCKET_ELEMENTS}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_volumes,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.grad_clip,
+        "gradient_clipping": config.train.grad_clip if stage else 0.0,
         "steps_per_print": 2**31,
-        "zero_optimization": {
-            "stage": zero_stage(config, accumulation),
-            "overlap_comm": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
     }
     if config.train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["communication_data_type"] = "fp32"
         if accumulation > 1:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def collective_bytes(parameters: int, world_size: int, stage: int, accumulation: int, bf16: bool) -> dict[str, float]:
+    """Bytes that one rank sends per optimizer step, by kind, for `parameters` elements. Pure.
+
+    Source: notes of ZeRO (arXiv 1910.02054, §7) with rings: reducing and gathering n·b bytes each cost n·b·(W−1)/W.
+    Gradients travel in fp32. Stage 0 all-reduces (twice the bytes of reducing); stages 1 and 2 reduce to owners and
+    gather updated weights; stage 3 gathers weights for every forward and backward pass. Stages 2 and 3 reduce after
+    every micro-batch.
+    """
+    share, width = (world_size - 1) / world_size, 2 if bf16 else 4
+    reductions = accumulation if stage >= 2 else 1
+    gathers = 2 * accumulation if stage == 3 else min(stage, 1)
+    gradients = 4 * parameters * reductions * (2 if stage == 0 else 1)
+    return {"gradients": gradients * share, "weights": width * parameters * gathers * share}
 
 
 def start(model: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
@@ -80,35 +128,78 @@ def start(model: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     model = model.to(world.device)
-    optimizer = make_optimizer(model, config.optim)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, world.size), dist_init_required=False
-    )
+    for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
+        trunk.recompute = config.train.activation_checkpointing
+        for block in trunk.blocks if config.train.compile else ():
+            block.compile()
+    settings = deepspeed_config(config, world.size)
+    optimizer = make_optimizer(model, config, settings["zero_optimization"]["stage"])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     make_optimizer_state(engine)
     return engine
 
 
 def make_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
     """AdamW's moments as zeros and its step count 0, for every group, linked to the parameters they belong to."""
-    optimizer = torch_optimizer(engine)
-    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = group["weight_decay"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, kept):
-        group["lr"], group["weight_decay"] = lr, weight_decay
-        for parameter in group["params"]:
-            parameter.grad = None
-    for slot in optimizer.state.values():
-        slot["step"].zero_()
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else owned:
+        place = parameter.device if optimizer.defaults["fused"] else "cpu"
+        count = torch.zeros((), dtype=torch.float32, device=place)
+        optimizer.state[parameter] = {"step": count, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+    if stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def full(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, moment: str | None = None) -> torch.Tensor:
+    """The whole fp32 master of a parameter, or one of its MOMENTS, at any stage. Collective."""
+    if engine.zero_optimization_stage() == 0:
+        return parameter.detach() if moment is None else torch_optimizer(engine).state[parameter][moment]
+    return safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
+
+
+def fill(
+    engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
+) -> None:
+    """Write a whole fp32 master, and the copy that the model computes with, or a whole moment, at any stage.
+
+    Collective; every rank gives the same value, of the parameter's shape.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        full(engine, parameter, moment).copy_(value)
+    elif stage == 3:
+        count, rank = parameter.ds_tensor.numel(), engine.global_rank  # type: ignore[attr-defined]
+        part = F.pad(value.flatten(), (0, count * engine.world_size - value.numel()))[rank * count :][:count]
+        if moment is None:
+            safe_set_local_fp32_param(parameter, part)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            safe_set_local_optimizer_state(parameter, part, moment)
+    elif moment is None:
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Global gradient norm of the newest step before clipping; None when it was not finite."""
+    norm = float(engine.get_global_grad_norm())
+    return norm if math.isfinite(norm) else None
+
+
+def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """To be called after a step that was left out: with an offloaded optimizer and fp32 accumulation DeepSpeed keeps
+    what it accumulated, and would leave out every later step."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
 
 
 def torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     """The AdamW inside DeepSpeed's sharded optimizer, whose learning rate we set and whose step count we restore."""
-    return engine.optimizer.optimizer
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

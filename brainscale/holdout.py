@@ -85,8 +85,9 @@ class Holdout:
         return z, y, x
 
     @torch.no_grad()
-    def evaluate(self, model: Mae, device: torch.device, step: int, folder: Path) -> dict[str, float]:
-        """Mean losses over the held-out volumes, for the metrics line; writes spectra and pictures under `folder`."""
+    def evaluate(self, model: Mae, device: torch.device, step: int, folder: Path | None) -> dict[str, float]:
+        """Mean losses over the held-out volumes, for the metrics line; writes spectra and pictures under `folder`, if
+        one is given."""
         model.eval()
         weight = full_weight(self.config.spectral)
         losses, spectra, pictures = [], [], []
@@ -99,6 +100,10 @@ class Holdout:
             if number < self.config.log.pictures:
                 pictures.append(planes(np.stack([true, masked, np.where(np.isnan(masked), mosaic, np.nan), mosaic])))
         model.train()
+        means = np.mean(losses, axis=0).tolist()
+        scores = {f"holdout_{part}": value for part, value in zip(PARTS, means) if not np.isnan(value)}
+        if folder is None:
+            return scores
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"{plane}_{i}": p[plane] for i, p in enumerate(pictures) for plane in p}
         radius = (np.arange(RADIAL_BINS) + 0.5) / RADIAL_BINS * 0.5
@@ -112,12 +117,11 @@ class Holdout:
             **arrays,
         )
         temporary.replace(folder / f"step-{step:08d}.npz")
-        means = np.mean(losses, axis=0).tolist()
-        return {f"holdout_{part}": value for part, value in zip(PARTS, means) if not np.isnan(value)}
+        return scores
 
     @torch.no_grad()
-    def reconstruction_errors(self, model: Mae, device: torch.device, step: int, path: Path) -> dict[str, float]:
-        """Mean squared error over masked foreground voxels, in z-score units, of four predictions; writes `path`.
+    def reconstruction_errors(self, model: Mae, device: torch.device, step: int, path: Path | None) -> dict[str, float]:
+        """Mean squared error over masked foreground voxels, in z-score units, of four predictions; to `path`, if given.
 
         own: the model with the subject's visible tokens. swapped: with another held-out subject's tokens at the same
         places (of the same contrast where there is one; left out when one subject is held out). neighbours: mean of the
@@ -147,6 +151,8 @@ class Holdout:
         model.train()
         names = [name for name in (table[0] if table else {}) if name not in ("row", "mask")]
         means = {name: float(np.mean([line[name] for line in table])) for name in names}
+        if path is None:
+            return means
         text = json.dumps({"step": step, "volumes": len(self.rows), "errors": means, "cases": table}, indent=1)
         write_text(path, text)
         return means
@@ -185,7 +191,7 @@ def volumes(model: Mae, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """(true, mosaic, masked) volumes (Z,Y,X) in z-score units; masked voxels of the last are NaN."""
     visible = model.gather(case.batch, case.masks.visible, torch.float32)
     target = model.gather(case.batch, case.masks.masked, torch.float32)
-    prediction = model_prediction(model, visible.to(model.to_voxels.weight.dtype), case.masks, target)
+    prediction = model_prediction(model, visible.to(model.dtype), case.masks, target)
     parts = (target, prediction, torch.full_like(target, float("nan")))
     patch = model.config.model.patch_voxels_zyx
     true, mosaic, masked = (

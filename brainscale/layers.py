@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ROPE_BASE = 100.0
 """Wavelengths from 2π tokens to 2π·100 tokens: brain grids are 4 to 40 tokens long (10000, usual for text, would leave
@@ -92,6 +93,7 @@ class Trunk(nn.Module):
         if position == "sincos":
             self.register_buffer("fixed", sincos_positions(coordinates, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.recompute = False
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BKC: Tensor, ids_BK: Tensor) -> Tensor:
@@ -103,7 +105,10 @@ class Trunk(nn.Module):
             angles = rope_angles(self.coordinates[ids_BK], self.head_width)[:, None]
             turn = angles.cos().to(x_BKC.dtype), angles.sin().to(x_BKC.dtype)
         for block in self.blocks:
-            x_BKC = block(x_BKC, turn)
+            if self.recompute and self.training:
+                x_BKC = checkpoint(block, x_BKC, turn, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BKC = block(x_BKC, turn)
         return self.norm(x_BKC)
 
 

@@ -33,23 +33,40 @@ class Output:
     spectral_loss: Tensor
 
 
+class Decoder(nn.Module):
+    """Encoded visible tokens in, voxels of masked patches out. A module of its own, since ZeRO stage 3 gathers weights
+    when the module that owns them is called."""
+
+    def __init__(self, config: Config, grid_zyx: Zyx) -> None:
+        super().__init__()
+        settings, (z, y, x) = config.mae, config.model.patch_voxels_zyx
+        width = settings.decoder_width
+        coordinates = torch.from_numpy(token_coordinates(grid_zyx))
+        self.embed = nn.Linear(config.model.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.trunk = Trunk(width, settings.decoder_depth, settings.decoder_heads, coordinates, config.model.position)
+        self.to_voxels = nn.Linear(width, z * y * x)
+
+    def forward(self, encoded_BKC: Tensor, masks: Masks) -> Tensor:
+        """(B,Kv,C) → (B,Km,P)."""
+        seen = self.embed(encoded_BKC)
+        hidden = self.mask_token.expand(*masks.masked.shape, -1).to(seen.dtype)
+        ids = torch.cat((masks.visible, masks.masked), dim=1)
+        decoded = self.trunk(torch.cat((seen, hidden), dim=1), ids)
+        return self.to_voxels(decoded[:, masks.visible.shape[1] :])
+
+
 class Mae(nn.Module):
     """Objective "mae"."""
 
     def __init__(self, config: Config, volume_zyx: Zyx) -> None:
         """volume_zyx: voxels of the volumes (or crops) it will see."""
         super().__init__()
-        settings, patch = config.mae, config.model.patch_voxels_zyx
         self.config = config
         self.volume_zyx = volume_zyx
-        self.grid_zyx = token_grid(volume_zyx, patch)
-        width = settings.decoder_width
-        coordinates = torch.from_numpy(token_coordinates(self.grid_zyx))
+        self.grid_zyx = token_grid(volume_zyx, config.model.patch_voxels_zyx)
         self.encoder = Encoder(config.model, self.grid_zyx)
-        self.to_decoder = nn.Linear(config.model.width, width)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.decoder = Trunk(width, settings.decoder_depth, settings.decoder_heads, coordinates, config.model.position)
-        self.to_voxels = nn.Linear(width, patch[0] * patch[1] * patch[2])
+        self.decoder = Decoder(config, self.grid_zyx)
 
     def forward(self, batch: Batch, masks: Masks, spectral_weight: float) -> Output:
         """Loss of a batch whose tensors and masks are on the model's device."""
@@ -71,17 +88,18 @@ class Mae(nn.Module):
         """Clipped, z-scored patches (B,K,P) at the ids, in the model's dtype unless another is given."""
         return patch_gather(
             batch.volumes, ids, self.config.model.patch_voxels_zyx, batch.scale, batch.offset, batch.low, batch.high,
-            dtype or self.to_voxels.weight.dtype, self.config.kernels,
+            dtype or self.dtype, self.config.kernels,
         )  # fmt: skip
 
     def predict(self, visible_BKP: Tensor, masks: Masks) -> Tensor:
         """Predicted masked patches (B,Km,P) float32 from visible ones (B,Kv,P): in z-score units, or in units of each
         patch's own deviation with `mae.normalize_target`."""
-        seen = self.to_decoder(self.encoder(visible_BKP, masks.visible))
-        hidden = self.mask_token.expand(*masks.masked.shape, -1).to(seen.dtype)
-        ids = torch.cat((masks.visible, masks.masked), dim=1)
-        decoded = self.decoder(torch.cat((seen, hidden), dim=1), ids)
-        return self.to_voxels(decoded[:, masks.visible.shape[1] :]).float()
+        return self.decoder(self.encoder(visible_BKP, masks.visible), masks).float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.decoder.to_voxels.weight.dtype
 
     def spectral(self, batch: Batch, masks: Masks, prediction: Tensor, target: Tensor) -> Tensor:
         """The spectral term of predictions (B,Km,P) against targets, both in z-score units."""

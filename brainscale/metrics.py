@@ -148,8 +148,9 @@ class Voice:
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a metric line."""
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = (
-            f"loss {line['loss']:.4f}  {line['step_s']:.2f} s/step  {line['voxels_per_s'] / 1e6:.2f} Mvoxel/s  "
+            f"loss {loss}  {line['step_s']:.2f} s/step  {line['voxels_per_s'] / 1e6:.2f} Mvoxel/s  "
             f"data wait {line['data_wait_fraction']:.0%}"
         )
         if self.bar is not None:

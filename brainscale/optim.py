@@ -1,17 +1,40 @@
 """Parameter groups and the optimizer."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from brainscale.config import Optim
+from brainscale.config import Config
 
 
-def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (biases, norms and learned vectors have none)."""
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW for ZeRO stage 0, where DeepSpeed leaves three things undone that it does at the other stages: it clips the
+    gradient norm, tells it, and leaves out a step whose norm is not finite."""
+
+    def __init__(self, groups: list[dict[str, object]], grad_clip: float, **options: object) -> None:
+        super().__init__(groups, **options)  # type: ignore[arg-type]
+        self.grad_clip = grad_clip
+        self.overflow = False
+        self._global_grad_norm: Tensor | None = None
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, or none with `overflow` set; gradients are those of all ranks."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        self.overflow = not bool(torch.isfinite(self._global_grad_norm))
+        if not self.overflow:
+            super().step()
+
+
+def make_optimizer(model: nn.Module, config: Config, stage: int) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only (biases, norms and learned vectors have none). stage: ZeRO's, 0 to 3."""
+    settings = config.optim
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = named[0][1].device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=fused)
+    options = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "fused": fused}
+    if stage == 0:
+        return GuardedAdamW(groups, config.train.grad_clip, **options)
+    return torch.optim.AdamW(groups, **options)  # type: ignore[arg-type]

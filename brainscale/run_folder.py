@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from brainscale import provenance
-from brainscale.checkpoint import TrainState
+from brainscale.checkpoint_files import TrainState
 from brainscale.config import MAY_CHANGE_ON_RESUME, Config, InputError, changed_keys, to_toml
 from brainscale.distributed import World, broadcast
 from brainscale.provenance import write_text
@@ -158,7 +158,7 @@ def write_exit(run_dir: Path, code: int, sentence: str, world: World) -> None:
     When one rank fails, the others fail for want of it; the reason written first stays.
     """
     path = run_dir / "exit.json"
-    if world.size > 1 and code == 1 and path.exists() and path.stat().st_mtime > STARTED_S:
+    if world.size > 1 and code in (1, 5) and path.exists() and path.stat().st_mtime > STARTED_S:
         return
     record = {"code": code, "sentence": sentence, "rank": world.rank}
     write_text(path, json.dumps({**record, "utc": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")

@@ -1,145 +1,216 @@
-"""The loop. A volume enters through `batches`, the loss is `engine(batch, masks)`, a killed job resumes at `load`."""
+"""The loop. A volume enters by `batches`, the loss is `engine(batch, masks)`; a killed job resumes in session.py."""
 
+import errno
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from brainscale import checkpoint, metrics, provenance, run_folder
+from brainscale import checkpoint, distributed, health, metrics, run_folder, stopping
 from brainscale import engine as deep
-from brainscale.checkpoint import TrainState
-from brainscale.config import Config
+from brainscale.checkpoint_files import TrainState
+from brainscale.config import Checkpoint, Config
 from brainscale.distributed import World, wait
-from brainscale.geometry import token_grid
-from brainscale.holdout import Holdout
-from brainscale.layers import initialise
-from brainscale.loader import Loader, Reader
-from brainscale.mae import Mae, mae_flops
+from brainscale.faults import fault_point
+from brainscale.health import MicroBatch
+from brainscale.loader import Batch
+from brainscale.mae import mae_flops
 from brainscale.masking import draw_masks, masked_count
-from brainscale.ops import choose
 from brainscale.regularizers import spectral_weight
 from brainscale.schedules import due, learning_rate
+from brainscale.session import Session, prepare
+from brainscale.watch import Watch
 
-OBJECTIVES = {"mae": Mae}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TrainingStopped(RuntimeError):
     """The run stopped itself (exit code 5); the message says why."""
 
 
-def run(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ...] = ()) -> None:
+class LostRank(TrainingStopped):
+    """Another rank is dead, stopped or failed; the message names it."""
+
+
+class StoppedEarly(RuntimeError):
+    """The run was asked to stop, or its disk is full (exit code 75); the same command continues it."""
+
+
+def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_change: tuple[str, ...] = ()) -> None:
     """Train to `train.num_steps`, continuing from the newest checkpoint of the run folder.
 
     allow_change: keys that a resumed run may change besides those of MAY_CHANGE_ON_RESUME. The process group must
-    exist. Raises InputError for settings or data that cannot work, TrainingStopped for a non-finite loss.
+    exist. Raises InputError for settings or data that cannot work; TrainingStopped when too many steps are not finite
+    or another rank is gone; StoppedEarly when `stop` or the time says so (the state is saved then) or the disk is full.
     """
     with run_folder.locked(run_dir, world):
-        store = run_folder.open_everywhere(config.data.store, world)
-        reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
-        masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
-        train_rows, held_rows = run_folder.split_rows(store, config)
-        micro, accumulation = deep.batch_split(config, world.size)
-        state = TrainState(
-            step=0, updates=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
-            data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx,
-            versions=provenance.versions(),
-        )  # fmt: skip
-        found = checkpoint.newest(run_dir / "checkpoints", world)
-        if found is not None:
-            saved = checkpoint.read_state(found)
-            run_folder.check_resume(saved, state, allow_change)
-            if saved.step >= config.train.num_steps:
-                if world.is_first:
-                    print(f"{run_dir}: already done ({saved.step} of {config.train.num_steps} steps)", flush=True)
-                return
-            state = replace(state, step=saved.step, cursor=saved.cursor, time_s=saved.time_s)
-        voice = metrics.Voice(world, config.train.num_steps, state.step)
-        kernels = choose(config.kernels, world.device)
-        voice.line(f"{world.size} rank(s) on {run_folder.device_name(world)}; kernels: {kernels}")
-        model = OBJECTIVES[config.objective](config, reader.volume_zyx)
-        initialise(model, torch.Generator().manual_seed(config.seed))
-        engine = deep.start(model, config, world)
-        if found is not None:
-            checkpoint.load(engine, found)
-            voice.line(f"resumed from {found} at step {state.step}")
-        if world.is_first:
-            run_folder.describe(run_dir, config, store, train_rows, held_rows, world)
-        loader = Loader(reader, train_rows, config, world.rank, world.size, micro)
-        holdout = Holdout(reader, held_rows, train_rows, config) if len(held_rows) else None
+        watch = Watch(world, run_dir, config.health.first_timeout_s)
         try:
-            train(engine, model, loader, holdout, config, state, world, run_dir, voice, accumulation)
+            session = prepare(config, run_dir, world, allow_change)
+            if session is not None:
+                train(session, stop, watch)
+        except (TrainingStopped, StoppedEarly):
+            raise
+        except Exception as error:
+            if blamed := watch.blame(error):
+                raise LostRank(blamed) from error
+            raise
         finally:
-            voice.close()
+            watch.close()
 
 
-def train(
-    engine: Any, model: Mae, loader: Loader, holdout: Holdout | None, config: Config, state: TrainState, world: World,
-    run_dir: Path, voice: metrics.Voice, accumulation: int,
-) -> None:  # fmt: skip
-    """The steps from `state.step` to the end."""
-    grid = token_grid(loader.reader.volume_zyx, config.model.patch_voxels_zyx)
-    tokens = int(np.prod(grid))
+def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
+    """The steps from the session's state to the end. Raises as `run` does."""
+    config, state, world, engine = session.config, session.state, session.world, session.engine
+    run_dir, voice, volume_zyx = session.run_dir, session.voice, session.loader.reader.volume_zyx
+    samples, masked = config.train.global_batch_volumes, masked_count(config.mask.fraction, session.tokens)
     meter, clock = metrics.Meter(world), metrics.Clock(state.step, state.time_s)
     writer = metrics.Writer(run_dir, state.step) if world.is_first else None
-    batches = loader.batches(state.cursor)
-    for step in range(state.step, config.train.num_steps):
+    saver = checkpoint.Saver(engine, run_dir / "checkpoints", world, config.checkpoint)
+    deadline = stopping.Deadline(config.train.stop_after_min, stopping.job_end_s(voice.line) if writer else None)
+    agreement = distributed.Agreement(world)
+    batches = session.loader.batches(state.cursor)
+    first, in_a_row, why = state.step, 0, agreement.vote(stop.number)
+
+    for step in range(first, config.train.num_steps):
+        begin, before = time.monotonic(), state
         lr = learning_rate(
             step, config.optim.lr, config.optim.final_lr_fraction, config.optim.warmup_steps, config.train.num_steps
         )
         deep.set_learning_rate(engine, lr)
-        for _ in range(accumulation):
-            with clock.span("data_s"):
-                batch, cursor = next(batches)
-            masks = draw_masks(config.mask, config.seed, batch.sample_index, tokens)
-            out = engine(batch.to(world.device), masks.to(world.device), spectral_weight(config.spectral, step))
-            engine.backward(out.loss)
-            engine.step()
-            meter.add(out)
-        model.after_step(step)
-        state = replace(state, step=step + 1, cursor=cursor, time_s=clock.total_s())
-        last = state.step == config.train.num_steps
-        saves = due(state.step, config.checkpoint.every_steps) or last
+        computed = compute(session, batches, step, watch, clock)
+        state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
+        if engine.was_step_applied():
+            in_a_row = 0
+            for micro in computed:
+                meter.add(micro.out)
+            session.model.after_step(step)
+        else:
+            in_a_row += 1
+            state = replace(state, skipped=state.skipped + 1)
+            leave_out(session, before, computed, in_a_row == 1)
+        if step == first:
+            distributed.shorten_timeouts(config.health.timeout_s)
+            watch.timeout_s = config.health.timeout_s
+
+        last, gives_up = state.step == config.train.num_steps, in_a_row >= config.health.max_skipped_in_a_row
+        why = agreement.vote(wish(stop, deadline, time.monotonic() - begin, saver))
+        if why == stopping.SAVE_FAILED:
+            break
+        ends = last or gives_up or bool(why)
+        saves = due(state.step, config.checkpoint.every_steps) or ends
 
         if due(state.step, config.log.every_steps) or saves:
-            means = meter.read()
-            samples = config.train.global_batch_volumes
-            times = clock.read(state.step, samples, loader.reader.volume_zyx, mae_flops(config, grid), world)
             line = {
-                "step": state.step, **means, "lr": lr, "grad_norm": float(engine.get_global_grad_norm()),
-                "samples": state.step * samples, "mask_fraction": masks.masked.shape[1] / tokens,
-                "skipped_steps": engine.skipped_steps, **times,
+                "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
+                "samples": state.step * samples, "mask_fraction": masked / session.tokens,
+                "skipped_steps": state.skipped,
+                **clock.read(state.step, samples, volume_zyx, mae_flops(config, session.loader.reader.grid_zyx), world),
             }  # fmt: skip
             if writer is not None:
                 writer.write(line)
             voice.step(line)
-            if not np.isfinite(line["loss"]):
-                raise TrainingStopped(f"the loss at step {state.step} is {line['loss']}; this state is not saved")
 
-        if holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
+        if session.holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
+            watch.at(state.step, "evaluate")
             with clock.span("other_s"):
-                if writer is not None:
-                    scores = holdout.evaluate(model, world.device, state.step, run_dir / "holdout")
-                    writer.write({"step": state.step, **scores})
-                    voice.line(f"step {state.step}: held-out loss {scores['holdout_loss']:.4f}")
-                    if last:
-                        errors = holdout.reconstruction_errors(
-                            model, world.device, state.step, run_dir / "reconstruction.json"
-                        )
-                        said = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
-                        voice.line(f"error on held-out masked foreground: {said}")
-                wait(world)
+                evaluate(session, state.step, writer, last)
 
         if saves:
+            watch.at(state.step, "save")
             with clock.span("checkpoint_s"):
-                root = run_dir / "checkpoints"
-                checkpoint.save(engine, state, root, world)
-                if world.is_first:
-                    checkpoint.prune(root, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
-                wait(world)
+                save(saver, state, ends)
+        if ends:
+            break
 
+    watch.at(state.step, "end")
     batches.close()
     if writer is not None:
         writer.close()
+    save(saver, None, True)
     wait(world)
+    if in_a_row >= config.health.max_skipped_in_a_row:
+        raise TrainingStopped(
+            f"{in_a_row} steps in a row were not finite, the last is step {state.step}; the state after it is saved. "
+            f"Look with: brainscale replay {run_dir} {state.step}; {health.folder(run_dir)} names the scans"
+        )
+    if why and state.step < config.train.num_steps:
+        raise StoppedEarly(
+            f"stopped by {stopping.reason(why)} after step {state.step} of {config.train.num_steps}, which is saved; "
+            "the same command continues"
+        )
+
+
+def compute(
+    session: Session, batches: Iterator[tuple[Batch, int]], step: int, watch: Watch, clock: metrics.Clock
+) -> list[MicroBatch]:
+    """One optimizer step (number `step`, from 0), or none where it is not finite: then `engine.was_step_applied()` is
+    False and nothing has changed on any rank."""
+    config, engine, device = session.config, session.engine, session.world.device
+    computed = []
+    for _ in range(session.accumulation):
+        watch.at(step + 1, "data")
+        fault_point("step.data")
+        with clock.span("data_s"):
+            batch, _ = next(batches)
+        watch.at(step + 1, "forward")
+        masks = draw_masks(config.mask, config.seed, batch.sample_index, session.tokens)
+        out = engine(batch.to(device), masks.to(device), spectral_weight(config.spectral, step))
+        watch.at(step + 1, "backward")
+        fault_point("step.backward")
+        engine.backward(health.guarded(out.loss))
+        engine.step()
+        computed.append(MicroBatch(batch, out))
+    return computed
+
+
+def leave_out(session: Session, before: TrainState, computed: list[MicroBatch], first_in_a_row: bool) -> None:
+    """Collective: record a step that was not finite; the state before the first of a row is kept, for `replay`."""
+    deep.forget_gradients(session.engine)
+    found = health.record(session.run_dir, before.step + 1, computed, session.store, session.world)
+    session.voice.line(health.sentence(found))
+    if first_in_a_row:
+        root = health.folder(session.run_dir)
+        save(checkpoint.Saver(session.engine, root, session.world, Checkpoint()), before, True)
+
+
+def wish(stop: stopping.Stop, deadline: stopping.Deadline, step_s: float, saver: checkpoint.Saver) -> int:
+    """Why this rank wants to stop; 0 if it does not."""
+    if saver.failed():
+        return stopping.SAVE_FAILED
+    return stop.number or (stopping.TIME_IS_UP if deadline.reached(step_s, saver.write_s) else 0)
+
+
+def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -> None:
+    """Collective: save a state, or (None) wait for the save before. Raises StoppedEarly when the disk is full."""
+    try:
+        if state is None:
+            saver.finish()
+        else:
+            saver.save(state, wait_for_it)
+    except checkpoint.SaveFailed as failed:
+        if isinstance(failed.error, OSError) and failed.error.errno in DISK_FULL:
+            raise StoppedEarly(
+                f"the disk of {saver.root} is full, so the newest state could not be saved; no older checkpoint was "
+                "harmed: make room, then the same command continues"
+            ) from failed
+        raise failed.error from failed
+
+
+def evaluate(session: Session, step: int, writer: metrics.Writer | None, last: bool) -> None:
+    """Collective: held-out losses, and at the end reconstruction errors. Rank 0 computes and writes; with weights that
+    are sharded (stage 3) all ranks compute, since each forward pass gathers them."""
+    holdout, device = session.holdout, session.world.device
+    if holdout is not None and (writer is not None or session.state.zero_stage == 3):
+        folder = session.run_dir if writer is not None else None
+        scores = holdout.evaluate(session.model, device, step, folder and folder / "holdout")
+        if writer is not None:
+            writer.write({"step": step, **scores})
+        session.voice.line(f"step {step}: held-out loss {scores['holdout_loss']:.4f}")
+        if last:
+            errors = holdout.reconstruction_errors(
+                session.model, device, step, folder and folder / "reconstruction.json"
+            )
+            said = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
+            session.voice.line(f"error on held-out masked foreground: {said}")
+    wait(session.world)

@@ -13,7 +13,7 @@ PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", 
 ORDER = [
     "brainscale_kernels.patch_gather",
     *(f"brainscale.{name}" for name in (
-        "config", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
+        "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
@@ -21,8 +21,9 @@ ORDER = [
         "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
-        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine", "checkpoint",
-        "metrics", "run_folder", "holdout", "train", "figures", "qc_scans", "qc_figures", "qc", "report", "doctor",
+        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine",
+        "checkpoint_files", "checkpoint", "health", "metrics", "run_folder", "watch", "holdout", "session", "train",
+        "figures", "qc_scans", "qc_figures", "qc", "report", "doctor",
         "cli_data", "cli_bench", "cli",
     )),
     "brainscale.__main__",

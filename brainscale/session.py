@@ -1,0 +1,109 @@
+"""From settings to a run that is ready to step. A killed job resumes here: `checkpoint.newest`, `checkpoint.load`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from brainscale import checkpoint, metrics, provenance, run_folder
+from brainscale import engine as deep
+from brainscale.checkpoint_files import TrainState, read_state
+from brainscale.config import Config
+from brainscale.distributed import World
+from brainscale.holdout import Holdout
+from brainscale.layers import initialise
+from brainscale.loader import Loader, Reader
+from brainscale.mae import Mae
+from brainscale.masking import masked_count
+from brainscale.ops import choose
+from brainscale.store import Store
+
+OBJECTIVES = {"mae": Mae}
+
+
+@dataclass
+class Session:
+    """A run that is ready to step; `state` says where. A step is `accumulation` micro-batches of every rank."""
+
+    config: Config
+    run_dir: Path
+    world: World
+    store: Store
+    loader: Loader
+    holdout: Holdout | None
+    accumulation: int
+    state: TrainState
+    model: Mae
+    engine: Any
+    voice: metrics.Voice
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a volume."""
+        return int(np.prod(self.loader.reader.grid_zyx))
+
+
+def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ...] = ()) -> Session | None:
+    """Collective: open the data, make the model, put the newest checkpoint into it. None when the run is finished.
+
+    The run folder must be held. Raises InputError for settings or data that cannot work.
+    """
+    found = checkpoint.newest(run_dir / "checkpoints", world)
+    session = build(config, run_dir, world, found, allow_change)
+    if session is not None and world.is_first:
+        held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
+        run_folder.describe(run_dir, config, session.store, session.loader.rows, held, world)
+    return session
+
+
+def build(
+    config: Config, run_dir: Path, world: World, found: Path | None, allow_change: tuple[str, ...] = ()
+) -> Session | None:
+    """Collective: a session that continues the checkpoint `found`, or begins; None when that is the end of the run.
+
+    Writes nothing. Raises InputError for settings or data that cannot work.
+    """
+    store = run_folder.open_everywhere(config.data.store, world)
+    reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
+    masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
+    train_rows, held_rows = run_folder.split_rows(store, config)
+    micro, accumulation = deep.batch_split(config, world.size)
+    state = TrainState(
+        step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
+        data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx,
+        versions=provenance.versions(), world_size=world.size, zero_stage=deep.zero_stage(config, accumulation),
+        micro_batch_volumes=micro, accumulation=accumulation,
+    )  # fmt: skip
+    saved = read_state(found) if found is not None else None
+    if saved is not None:
+        run_folder.check_resume(saved, state, allow_change)
+        if saved.step >= config.train.num_steps:
+            if world.is_first:
+                print(f"{run_dir}: already done ({saved.step} of {config.train.num_steps} steps)", flush=True)
+            return None
+        state = replace(state, step=saved.step, cursor=saved.cursor, time_s=saved.time_s, skipped=saved.skipped)
+    voice = metrics.Voice(world, config.train.num_steps, state.step)
+    kernels = choose(config.kernels, world.device)
+    voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}")
+    if state.zero_stage != config.zero.stage:
+        voice.line(f"ZeRO stage {state.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")
+    model = OBJECTIVES[config.objective](config, reader.volume_zyx)
+    initialise(model, torch.Generator().manual_seed(config.seed))
+    engine = deep.start(model, config, world)
+    if found is not None and saved is not None:
+        checkpoint.load(engine, found)
+        before = "" if topology(saved) == topology(state) else f", saved by {topology(saved)}"
+        voice.line(f"resumed from {found} at step {state.step}{before}")
+    loader = Loader(reader, train_rows, config, world.rank, world.size, micro)
+    holdout = Holdout(reader, held_rows, train_rows, config) if len(held_rows) else None
+    return Session(config, run_dir, world, store, loader, holdout, accumulation, state, model, engine, voice)
+
+
+def topology(state: TrainState) -> str:
+    """How a state is computed, in words."""
+    return (
+        f"{state.world_size} rank(s) × {state.micro_batch_volumes} volume(s) × {state.accumulation} accumulated, "
+        f"ZeRO stage {state.zero_stage}"
+    )

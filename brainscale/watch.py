@@ -1,0 +1,170 @@
+"""Which rank is gone or hangs: every rank beats in a store that all can read, so that whoever waits can name the other.
+
+A collective only says that it timed out or that a connection closed. The beats say who is silent, and where each rank
+last was. A rank that finds another silent for the timeout, or itself in one place for that long, writes the stacks of
+its threads to RUN/stacks/rank-XXXX.txt and ends with code 5; so all ranks end, whatever the collective's library does.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from brainscale.distributed import World, broadcast, leave, wait
+from brainscale.run_folder import write_exit
+
+BEAT_S = 0.5
+SILENT_S = 3.0
+"""A rank not heard of for this long is taken for dead once something else has failed."""
+SHARE = 0.9
+"""Of the timeout: the watch ends first, while the stacks still show who waits for whom."""
+STOPPED_ITSELF = 5
+PHASES = ("start", "data", "forward", "backward", "evaluate", "save", "end")
+
+
+@dataclass
+class Peer:
+    """What was heard of a rank: host and pid, its last beat, and how many of our beats ago that was."""
+
+    who: str = ""
+    beat: str = ""
+    step: int = 0
+    phase: str = "start"
+    beats_ago: int = 0
+    failure: str = ""
+
+    def hear(self, text: str) -> None:
+        """Take in what stands in the store."""
+        if text != self.beat:
+            self.beats_ago = 0
+            _, step, self.phase, self.who, self.failure = text.split("|", 4)
+            self.step = int(step)
+        else:
+            self.beats_ago += 1
+        self.beat = text
+
+
+class Watch:
+    """Beats, listens and ends a process that waits in vain. With one rank it does nothing."""
+
+    def __init__(self, world: World, run_dir: Path, timeout_s: float) -> None:
+        """Collective."""
+        self.world, self.run_dir, self.timeout_s = world, run_dir, timeout_s
+        self.place: tuple[int, str] = (0, "start")
+        self.since = time.monotonic()
+        self.peers = {rank: Peer() for rank in range(world.size) if rank != world.rank}
+        self.failure, self.beats, self.closed, self.lock = "", 0, threading.Event(), threading.Lock()
+        if world.size == 1:
+            return
+        port = 0
+        if world.is_first:
+            self.store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            port = self.store.port
+        port = broadcast(port, world)
+        if not world.is_first:
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, wait_for_workers=False)
+        self._beat()
+        wait(world)
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def at(self, step: int, phase: str) -> None:
+        """Note where this rank is."""
+        self.place, self.since = (step, phase), time.monotonic()
+
+    def close(self) -> None:
+        """Stop watching; to be called before the ranks part."""
+        with self.lock:
+            self.closed.set()
+
+    def blame(self, error: Exception) -> str:
+        """Which other rank an error of this one is due to, in a sentence; "" where all others are alive.
+
+        Collectives fail with a RuntimeError: then it waits until each rank has been heard of again or silent for
+        SILENT_S. An error of this rank's own is told to the others.
+        """
+        if self.world.size == 1 or self.closed.is_set():
+            return ""
+        dump(self.run_dir, self.world, "".join(traceback.format_exception(error)))
+        deadline = time.monotonic() + SILENT_S + 4 * BEAT_S
+        while isinstance(error, RuntimeError) and time.monotonic() < deadline:
+            if found := self._culprits(SILENT_S):
+                return found
+            time.sleep(BEAT_S / 2)
+        self.failure = " ".join(f"{type(error).__name__}: {error}".split())
+        time.sleep(3 * BEAT_S)
+        return ""
+
+    def _culprits(self, silent_s: float) -> str:
+        failed = [f"rank {rank} ({p.who}) failed: {p.failure}" for rank, p in self.peers.items() if p.failure]
+        silent = [
+            f"rank {rank} ({peer.who}) is dead or stopped: not heard of for {peer.beats_ago * BEAT_S:.0f} s, last in "
+            f"step {peer.step} ({peer.phase})"
+            for rank, peer in self.peers.items()
+            if peer.beats_ago * BEAT_S >= silent_s
+        ]
+        return "; ".join(failed or silent)
+
+    def _beat(self) -> None:
+        self.beats += 1
+        step, phase = self.place
+        who = f"{socket.gethostname()}, pid {os.getpid()}"
+        self.store.set(str(self.world.rank), f"{self.beats}|{step}|{phase}|{who}|{self.failure}")
+
+    def _run(self) -> None:
+        keys = [str(rank) for rank in self.peers]
+        while not self.closed.wait(BEAT_S):
+            try:
+                self._beat()
+                for rank, text in zip(self.peers, self.store.multi_get(keys)):
+                    self.peers[rank].hear(text.decode())
+            except RuntimeError as error:  # rank 0 keeps the store
+                if self.closed.wait(2 * SILENT_S):  # the loop ended, or says itself what failed
+                    return
+                self._end(f"rank 0 is gone: its store cannot be reached ({str(error).splitlines()[0]})")
+            limit_s = SHARE * self.timeout_s
+            if (
+                found := self._culprits(limit_s)
+                if any(p.beats_ago * BEAT_S >= limit_s for p in self.peers.values())
+                else ""
+            ):
+                self._end(found)
+            if time.monotonic() - self.since > limit_s:
+                self._end(self._hung())
+
+    def _hung(self) -> str:
+        """Which ranks are behind the others, when all are alive and none goes on."""
+        places = {rank: (peer.step, PHASES.index(peer.phase)) for rank, peer in self.peers.items()}
+        places[self.world.rank] = (self.place[0], PHASES.index(self.place[1]))
+        behind = sorted(rank for rank, place in places.items() if place == min(places.values()))
+        step, phase = min(places.values())
+        who, others = f"rank {', '.join(map(str, behind))}", "the others wait"
+        if len(behind) == len(places):
+            who, others = "every rank", f"the stacks in {self.run_dir / 'stacks'} say where"
+        return f"{who}: no progress in step {step} ({PHASES[phase]}) for {SHARE * self.timeout_s:.0f} s; {others}"
+
+    def _end(self, sentence: str) -> None:
+        with self.lock:
+            if self.closed.is_set():
+                return
+            dump(self.run_dir, self.world, sentence)
+            print(f"error (rank {self.world.rank}): {sentence}", file=sys.stderr, flush=True)
+            write_exit(self.run_dir, STOPPED_ITSELF, sentence, self.world)
+            leave(STOPPED_ITSELF)
+
+
+def dump(run_dir: Path, world: World, sentence: str) -> Path:
+    """Write the stacks of all threads of this process to RUN/stacks/rank-XXXX.txt, under a sentence."""
+    path = run_dir / "stacks" / f"rank-{world.rank:04d}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"rank {world.rank} of {world.size}, pid {os.getpid()}: {sentence}\n\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+    return path
