@@ -4,7 +4,7 @@ Source: MAE (arXiv 2111.06377) in 3D with the FFT-magnitude loss of arXiv 2606.1
 visible, predictions where masked). Letters: B batch, N tokens, Kv visible, Km masked, P voxels of a patch.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,9 @@ NORMALISE_EPSILON = 1e-6
 """Added to a patch's variance when targets are normalised per patch: background patches are constant."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What an objective returns, each (). loss: what is differentiated; the others: its parts, detached; spectral_loss
-    is NaN where it was not computed."""
+    is NaN where it was not computed. A tuple, since ZeRO stage 3 looks for tensors in tuples alone."""
 
     loss: Tensor
     pixel_loss: Tensor

@@ -1,0 +1,90 @@
+"""Real processes of a run without a real start each time: forked from a server that has imported everything.
+
+`run_ranks` gives the same as `brainscale pretrain …` under torchrun, in a second instead of ten, so that runs can be
+killed by the dozen. Tests of the launcher itself use `conftest.run_brainscale`.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["processes_preload"])
+
+
+@dataclass
+class Rank:
+    """A process of a run; `text` is what it has written so far to both streams."""
+
+    process: BaseProcess
+    output: Path
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """Exit code (negative: the signal that ended it)."""
+        self.process.join(timeout_s)
+        assert self.process.exitcode is not None, f"still running after {timeout_s} s\n{self.text[-3000:]}"
+        return self.process.exitcode
+
+
+def start_ranks(*arguments: str | Path, ranks: int = 1, faults: str = "", logs: Path) -> list[Rank]:
+    """Start `brainscale ARGUMENTS` as so many ranks; their output goes to files in `logs`."""
+    environment = {"BRAINSCALE_FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    logs.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(ranks):
+        output = logs / f"{time.monotonic_ns()}-rank-{rank}.log"
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        process = SERVER.Process(target=_main, args=([*map(str, arguments)], {**environment, **own}, output))
+        process.start()
+        started.append(Rank(process, output))
+    return started
+
+
+def run_ranks(
+    *arguments: str | Path, ranks: int = 1, faults: str = "", logs: Path, code: int | None = 0, timeout_s: float = 120
+) -> list[Rank]:
+    """Start, and wait until all have ended; checks every exit code unless `code` is None."""
+    started = start_ranks(*arguments, ranks=ranks, faults=faults, logs=logs)
+    codes = [rank.wait(timeout_s) for rank in started]
+    if code is not None:
+        assert codes == [code] * ranks, f"{codes}\n" + "\n".join(rank.text[-3000:] for rank in started)
+    return started
+
+
+def _main(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    from brainscale import cli, faults, run_folder, stopping
+
+    faults.ARMED[:] = faults.parse(environment["BRAINSCALE_FAULTS"])
+    stopping.STARTED_S, run_folder.STARTED_S = time.monotonic(), time.time()
+    try:
+        cli.main(arguments)
+    except SystemExit as left:
+        sys.stdout.flush()
+        os._exit(left.code if isinstance(left.code, int) else 0)
