@@ -97,7 +97,7 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():  # a damaged one that was fallen back from
-        _remove(final)
+        remove(final)
         fault_point("save.cleared")
     temporary.rename(final)
     fault_point("save.renamed")
@@ -199,26 +199,24 @@ def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer taken for one; nothing of it is lost."""
     aside = path.with_name(f"damaged-{path.name}")
     if aside.exists():
-        _remove(aside)
+        remove(aside)
     return path.rename(aside)
 
 
-def expendable(root: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Checkpoints but the newest `keep_last` and those at multiples of `keep_every_steps` (0: none)."""
-    return [path for path in directories(root)[:-keep_last] if not keep_every_steps or step_of(path) % keep_every_steps]
+def expendable(found: list[Path], keep_last: int, keep_every_steps: int) -> list[Path]:
+    """Of checkpoints, oldest first, all but the newest `keep_last` and multiples of `keep_every_steps` (0: none)."""
+    return [path for path in found[:-keep_last] if not keep_every_steps or step_of(path) % keep_every_steps]
 
 
-def prune(root: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Remove what is expendable; returns what was removed."""
-    gone = expendable(root, keep_last, keep_every_steps)
-    for path in gone:
+def prune(root: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Remove what is expendable."""
+    for path in expendable(directories(root), keep_last, keep_every_steps):
         fault_point("prune.before")
-        _remove(path)
+        remove(path)
         fault_point("prune.after")
-    return gone
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a checkpoint so that a kill leaves litter, never half a checkpoint."""
     away = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
     path.rename(away)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__, cli_data
+from brainscale import __version__, cli_data, cli_runs
 from brainscale.cli_bench import bench
 from brainscale.config import Config, InputError, load, to_toml
 
@@ -39,7 +39,8 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
 )
 
 app.command(bench)
-for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor):
+app.command(cli_runs.checkpoint)
+for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor, cli_runs.replay):
     app.command(command)
 
 

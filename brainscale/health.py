@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from brainscale.distributed import World, gather
-from brainscale.loader import Batch
 from brainscale.mae import Output
 from brainscale.provenance import write_text
 from brainscale.store import Store
@@ -23,9 +23,10 @@ from brainscale.store import Store
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank computed at once."""
+    """What one rank computed at once: sample indices and rows, each (B,), and the losses, which hold no graph."""
 
-    batch: Batch
+    sample_index: np.ndarray
+    row: np.ndarray
     out: Output
 
 
@@ -56,7 +57,7 @@ def record(run_dir: Path, step: int, computed: list[MicroBatch], store: Store, w
             "loss": number_or_name(float(micro.out.loss)),
         }
         for number, micro in enumerate(computed)
-        for index, row in zip(micro.batch.sample_index, micro.batch.row)
+        for index, row in zip(micro.sample_index, micro.row)
     ]
     samples = sorted((one for rank in gather(mine, world) for one in rank), key=lambda one: one["sample_index"])
     suspects = [one["id"] for one in samples if isinstance(one["loss"], str)]

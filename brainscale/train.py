@@ -14,7 +14,7 @@ from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
 from brainscale.health import MicroBatch
 from brainscale.loader import Batch
-from brainscale.mae import mae_flops
+from brainscale.mae import Output, mae_flops
 from brainscale.masking import draw_masks, masked_count
 from brainscale.regularizers import spectral_weight
 from brainscale.schedules import due, learning_rate
@@ -160,7 +160,7 @@ def compute(
         fault_point("step.backward")
         engine.backward(health.guarded(out.loss))
         engine.step()
-        computed.append(MicroBatch(batch, out))
+        computed.append(MicroBatch(batch.sample_index, batch.row, Output(*(part.detach() for part in out))))
     return computed
 
 

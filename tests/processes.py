@@ -10,7 +10,10 @@ import signal
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -46,6 +49,11 @@ class Rank:
 
 def start_ranks(*arguments: str | Path, ranks: int = 1, faults: str = "", logs: Path) -> list[Rank]:
     """Start `brainscale ARGUMENTS` as so many ranks; their output goes to files in `logs`."""
+    return start_function(partial(_command, [*map(str, arguments)]), ranks=ranks, faults=faults, logs=logs)
+
+
+def start_function(function: Callable[[], None], *, ranks: int, faults: str = "", logs: Path) -> list[Rank]:
+    """Call a function (of a module's top level, or a partial of one) in so many ranks."""
     environment = {"BRAINSCALE_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         with socket.socket() as probe:
@@ -57,7 +65,7 @@ def start_ranks(*arguments: str | Path, ranks: int = 1, faults: str = "", logs: 
     for rank in range(ranks):
         output = logs / f"{time.monotonic_ns()}-rank-{rank}.log"
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = SERVER.Process(target=_main, args=([*map(str, arguments)], {**environment, **own}, output))
+        process = SERVER.Process(target=_main, args=(function, {**environment, **own}, output))
         process.start()
         started.append(Rank(process, output))
     return started
@@ -67,24 +75,40 @@ def run_ranks(
     *arguments: str | Path, ranks: int = 1, faults: str = "", logs: Path, code: int | None = 0, timeout_s: float = 120
 ) -> list[Rank]:
     """Start, and wait until all have ended; checks every exit code unless `code` is None."""
-    started = start_ranks(*arguments, ranks=ranks, faults=faults, logs=logs)
+    return finish(start_ranks(*arguments, ranks=ranks, faults=faults, logs=logs), code, timeout_s)
+
+
+def finish(started: list[Rank], code: int | None = 0, timeout_s: float = 120) -> list[Rank]:
+    """Wait until all have ended; checks every exit code unless `code` is None."""
     codes = [rank.wait(timeout_s) for rank in started]
     if code is not None:
-        assert codes == [code] * ranks, f"{codes}\n" + "\n".join(rank.text[-3000:] for rank in started)
+        assert codes == [code] * len(started), f"{codes}\n" + "\n".join(rank.text[-3000:] for rank in started)
     return started
 
 
-def _main(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+def _command(arguments: list[str]) -> None:
+    from brainscale import cli
+
+    cli.main(arguments)
+
+
+def _main(function: Callable[[], None], environment: dict[str, str], output: Path) -> None:
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    from brainscale import cli, faults, run_folder, stopping
+    from brainscale import faults, run_folder, stopping
 
     faults.ARMED[:] = faults.parse(environment["BRAINSCALE_FAULTS"])
     stopping.STARTED_S, run_folder.STARTED_S = time.monotonic(), time.time()
     try:
-        cli.main(arguments)
+        function()
+        code = 0
     except SystemExit as left:
-        sys.stdout.flush()
-        os._exit(left.code if isinstance(left.code, int) else 0)
+        code = left.code if isinstance(left.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

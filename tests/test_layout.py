@@ -24,7 +24,7 @@ ORDER = [
         "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine",
         "checkpoint_files", "checkpoint", "health", "metrics", "run_folder", "watch", "holdout", "session", "train",
         "figures", "qc_scans", "qc_figures", "qc", "report", "doctor",
-        "cli_data", "cli_bench", "cli",
+        "replay", "cli_data", "cli_bench", "cli_runs", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -84,6 +84,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli",
         "brainscale.cli_data",
         "brainscale.cli_bench",
+        "brainscale.cli_runs",
         "brainscale.__main__",
         "brainscale_data_prep.to_zarr",
     }
