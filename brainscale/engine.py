@@ -7,7 +7,8 @@ Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us, each held by
   accumulation in bf16 runs at stage 2, where fp32 accumulation is kept. `grad_accum_dtype` is the model's by default.
 - `overlap_comm` is on by default only for stage 3. Stages 1 and 2 all-reduce each bucket unless told to reduce each
   part to its owner, which moves half the bytes.
-- stage 3 keeps up to 1e9 gathered elements between forward and backward, so that smaller models are never sharded.
+- stage 3 keeps up to 1e9 gathered elements between forward and backward, so that smaller models are never sharded: here
+  a block's weights are kept or gathered ahead at most, and vectors alone are not sharded.
 - stage 0 in fp32 neither skips a step with a gradient that is not finite nor reports the norm: `optim.GuardedAdamW`.
 - optimizer state does not exist before the first step, and is linked to parameters after the first group's step, when
   the second group has none yet (then it cannot be read or saved); so `start` makes all of it at once.
@@ -87,7 +88,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if stage in (1, 2):
         zero |= {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
     if stage == 3:
-        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": BUCKET_ELEMENTS}
+        block = 12 * config.model.width**2
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": block}
+        zero |= {"stage3_prefetch_bucket_size": block, "stage3_param_persistence_threshold": 16 * config.model.width}
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {

@@ -1,38 +1,87 @@
-"""DeepSpeed's settings are a pure function of ours, and the batch is split without dropping a sample."""
+"""DeepSpeed's settings are a pure function of ours; they make the optimizer meant, which moves the bytes meant."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import finish, start_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from brainscale.config import Config, InputError, load
-from brainscale.engine import batch_split, deepspeed_config
+from brainscale.engine import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config
+
+REDUCED = {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
+OWNED = {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
+ZERO = {
+    0: {"stage": 0},
+    1: {"stage": 1, **REDUCED, **OWNED},
+    2: {"stage": 2, **REDUCED, **OWNED},
+    3: {
+        "stage": 3,
+        **REDUCED,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 12 * 768**2,
+        "stage3_prefetch_bucket_size": 12 * 768**2,
+        "stage3_param_persistence_threshold": 16 * 768,
+    },
+}
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+BF16 = {"bf16": {"enabled": True, "check_grad_overflow": True}, "communication_data_type": "fp32"}
+ACCUMULATED = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def test_settings_for_fp32():
-    config = load(Config, None, ('train.precision="fp32"', "train.global_batch_volumes=8", "train.grad_clip=0.5"))
-    assert deepspeed_config(config, 2) == {
-        "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.5,
-        "steps_per_print": 2**31,
-        "zero_optimization": {
-            "stage": 1,
-            "overlap_comm": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-        "zero_force_ds_cpu_optimizer": False,
-    }
+@pytest.mark.parametrize(
+    ("settings", "world_size", "split", "zero", "others"),
+    [
+        (('train.precision="fp32"', "zero.stage=0"), 2, (4, 1), ZERO[0], {"gradient_clipping": 0.0}),
+        (('train.precision="fp32"', "zero.stage=1"), 2, (4, 1), ZERO[1], {}),
+        (('train.precision="fp32"', "zero.stage=2"), 2, (4, 1), ZERO[2], {}),
+        (('train.precision="fp32"', "zero.stage=3"), 2, (4, 1), ZERO[3], {}),
+        (('train.precision="fp32"', "train.micro_batch_volumes=2"), 1, (2, 4), ZERO[1], {}),
+        (("zero.stage=1",), 2, (4, 1), ZERO[1], BF16),
+        (("zero.stage=1", "train.micro_batch_volumes=1"), 2, (1, 4), ZERO[2], BF16 | ACCUMULATED),
+        (("zero.stage=3", "train.micro_batch_volumes=2"), 4, (2, 1), ZERO[3], BF16),
+        (("zero.stage=3", "train.micro_batch_volumes=1"), 4, (1, 2), ZERO[3], BF16 | ACCUMULATED),
+        (("zero.stage=2", "zero.offload_optimizer=true"), 2, (4, 1), ZERO[2] | OFFLOAD, BF16),
+    ],
+)
+def test_the_settings_are_these(settings, world_size, split, zero, others):
+    """The golden text of all that DeepSpeed is told."""
+    config = load(Config, None, ("train.global_batch_volumes=8", "train.grad_clip=0.5", *settings))
+    micro, accumulation = split
+    assert (
+        deepspeed_config(config, world_size)
+        == {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.5,
+            "steps_per_print": 2**31,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        | others
+    )
 
 
-def test_bf16_accumulates_in_fp32_at_stage_2():
-    config = load(Config, None, ("train.global_batch_volumes=64", "train.micro_batch_volumes=8"))
-    one, many = deepspeed_config(config, 8), deepspeed_config(config, 2)
-    assert one["zero_optimization"]["stage"] == 1 and "data_types" not in one
-    assert many["zero_optimization"]["stage"] == 2 and many["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert one["bf16"] == many["bf16"] == {"enabled": True}
-    assert one["communication_data_type"] == many["communication_data_type"] == "fp32"
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("zero.stage=0",), "bf16 with zero.stage 0 is another optimizer"),
+        (("zero.stage=3", "train.compile=true"), "train.compile works with zero.stage 0 to 2"),
+        (("zero.stage=0", 'train.precision="fp32"', "zero.offload_optimizer=true"), "needs sharded states"),
+        (("zero.stage=4",), "zero.stage = 4"),
+    ],
+)
+def test_combinations_that_mean_something_else_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        load(Config, None, settings)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
@@ -46,3 +95,97 @@ def test_split_covers_the_global_batch(share, limit, ranks):
 def test_ranks_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(InputError, match="= 8 is no multiple of 3 ranks"):
         batch_split(load(Config, None, ("train.global_batch_volumes=8",)), 3)
+
+
+# ------------------------------------------------------------------------------------------ collectives, counted
+
+BIG_ENOUGH = (
+    "model.width=48", "model.heads=2", "model.depth=40", "mae.decoder_width=48", "mae.decoder_heads=2",
+    "train.global_batch_volumes=8", "train.micro_batch_volumes=2", "train.num_steps=8",
+)  # fmt: skip
+"""So many blocks that what stage 3 gathers ahead is a small part."""
+OPTIMIZER = {
+    0: "GuardedAdamW",
+    1: "DeepSpeedZeroOptimizer",
+    2: "DeepSpeedZeroOptimizer",
+    3: "DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that a rank of a ring sends: n·(W−1)/W to reduce or gather n bytes, twice that to do both."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.share, self.sent = (world_size - 1) / world_size, Counter[str]()
+        self.factor = {"allreduce_": 2.0, "reduce_": 1.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": world_size}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._opname
+            size = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
+            kind = "weights" if name == "_allgather_base_" else "gradients"
+            self.sent[kind] += self.factor[name] * size * self.share
+        return function(*args, **(kwargs or {}))
+
+
+def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -> None:
+    """In every rank: train three steps as `pretrain` does, count the third."""
+    from brainscale import distributed, metrics, session, train
+    from brainscale.watch import Watch
+
+    world = distributed.find()
+    distributed.start(world)
+    config = load(Config, config_path, overrides)
+    run = session.build(config, run_dir, world, None)
+    assert run is not None
+    stage, bf16 = run.state.zero_stage, config.train.precision == "bf16"
+    assert type(run.engine.optimizer).__name__ == OPTIMIZER[stage]
+    assert run.engine.zero_optimization_stage() == stage
+    if stage in (1, 2):
+        assert run.engine.optimizer.overlap_comm
+        assert run.engine.optimizer.partition_gradients == (stage == 2)
+    if stage == 3:
+        assert run.engine.zero_overlap_comm()
+    batches, clock = run.loader.batches(0), metrics.Clock(0, 0.0)
+    watch = Watch(world, run_dir, 600.0)
+    counted = Counted(world.size)
+    for step in range(3):
+        if step == 2:
+            counted.__enter__()
+        train.compute(run, batches, step, watch, clock)
+    counted.__exit__(None, None, None)
+    assert run.engine.was_step_applied()
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
+    wanted = collective_bytes(parameters, world.size, stage, run.accumulation, bf16)
+    print({kind: counted.sent[kind] / size for kind, size in wanted.items() if size})
+    assert counted.sent.keys() <= {kind for kind, size in wanted.items() if size}
+    for kind, size in wanted.items():
+        assert counted.sent[kind] == pytest.approx(size, rel=0.02), kind
+    watch.close()
+    distributed.wait(world)
+
+
+CASES = [
+    (ranks, stage, precision, split)
+    for ranks in (2, 4)
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+    for split in ("whole", "accumulated")
+    if not (precision == "bf16" and stage == 0)
+]
+QUICK = [(2, 1, "fp32", "whole"), (2, 2, "bf16", "accumulated"), (2, 3, "bf16", "whole")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision", "split"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+)
+def test_a_step_moves_the_bytes_of_the_formula(ranks, stage, precision, split, tiny_store, tiny_config, tmp_path):
+    """On gloo; also that the optimizer is the one meant and that communication overlaps."""
+    micro = 1 if split == "accumulated" else 4
+    overrides = (
+        *BIG_ENOUGH, f"data.store={tiny_store}", f"zero.stage={stage}", f'train.precision="{precision}"',
+        f"train.micro_batch_volumes={micro}",
+    )  # fmt: skip
+    finish(start_function(partial(count_a_step, tiny_config, overrides, tmp_path), ranks=ranks, logs=tmp_path / "logs"))
