@@ -78,6 +78,11 @@ def zero_stage(config: Config, accumulation: int) -> int:
     return max(config.zero.stage, 2) if needs_2 else config.zero.stage
 
 
+def vector_elements(config: Config) -> int:
+    """Tensors of fewer elements are not sharded at stage 3: biases and norms."""
+    return 16 * config.model.width
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """Our settings in DeepSpeed's words. Pure."""
     micro, accumulation = batch_split(config, world_size)
@@ -90,7 +95,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if stage == 3:
         block = 12 * config.model.width**2
         zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": block}
-        zero |= {"stage3_prefetch_bucket_size": block, "stage3_param_persistence_threshold": 16 * config.model.width}
+        zero |= {"stage3_prefetch_bucket_size": block, "stage3_param_persistence_threshold": vector_elements(config)}
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
@@ -110,19 +115,23 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return settings
 
 
-def collective_bytes(parameters: int, world_size: int, stage: int, accumulation: int, bf16: bool) -> dict[str, float]:
-    """Bytes that one rank sends per optimizer step, by kind, for `parameters` elements. Pure.
+def collective_bytes(
+    parameters: int, vectors: int, world_size: int, stage: int, accumulation: int, bf16: bool
+) -> dict[str, float]:
+    """Bytes that one rank sends per optimizer step, by kind, for `parameters` elements, `vectors` of which are in
+    tensors too small to be sharded. Pure.
 
     Source: notes of ZeRO (arXiv 1910.02054, §7) with rings: reducing and gathering n·b bytes each cost n·b·(W−1)/W.
     Gradients travel in fp32. Stage 0 all-reduces (twice the bytes of reducing); stages 1 and 2 reduce to owners and
-    gather updated weights; stage 3 gathers weights for every forward and backward pass. Stages 2 and 3 reduce after
-    every micro-batch.
+    gather updated weights; stage 3 gathers weights for every forward and backward pass (and vectors once), but for the
+    block that it keeps between the two. Stages 2 and 3 reduce after every micro-batch.
     """
     share, width = (world_size - 1) / world_size, 2 if bf16 else 4
     reductions = accumulation if stage >= 2 else 1
     gathers = 2 * accumulation if stage == 3 else min(stage, 1)
     gradients = 4 * parameters * reductions * (2 if stage == 0 else 1)
-    return {"gradients": gradients * share, "weights": width * parameters * gathers * share}
+    gathered = gathers * (parameters - vectors) + min(stage, 1) * vectors
+    return {"gradients": gradients * share, "weights": width * gathered * share}
 
 
 def start(model: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeedEngine:

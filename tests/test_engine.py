@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from brainscale.config import Config, InputError, load
-from brainscale.engine import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config
+from brainscale.engine import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config, vector_elements
 
 REDUCED = {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
 OWNED = {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
@@ -156,8 +156,9 @@ def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
         train.compute(run, batches, step, watch, clock)
     counted.__exit__(None, None, None)
     assert run.engine.was_step_applied()
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
-    wanted = collective_bytes(parameters, world.size, stage, run.accumulation, bf16)
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.model.parameters()]
+    vectors = sum(size for size in sizes if size < vector_elements(config))
+    wanted = collective_bytes(sum(sizes), vectors, world.size, stage, run.accumulation, bf16)
     print({kind: counted.sent[kind] / size for kind, size in wanted.items() if size})
     assert counted.sent.keys() <= {kind for kind, size in wanted.items() if size}
     for kind, size in wanted.items():
