@@ -10,7 +10,9 @@ bench = App(
 
 Example: brainscale bench convert data/bids --json results.jsonl
 
-Example: brainscale bench read stores/brains --source data/bids --json results.jsonl""",
+Example: brainscale bench read stores/brains --source data/bids --json results.jsonl
+
+Example: brainscale bench checkpoint --folder /scratch --json results.jsonl""",
     help_format="markdown",
 )
 
@@ -62,3 +64,39 @@ def read(
     from brainscale.bench.record import write
 
     write(bench_read.run(store, source, quick), json)
+
+
+@bench.command
+def checkpoint(
+    *overrides: str,
+    config: Path | None = None,
+    folder: Path | None = None,
+    quick: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Time saves, the stall of the steps, loads, hashes and a resumed start against DeepSpeed and torch.save.
+
+    Then simulate a week with one stop a day from these figures: the ratio of its lines is the share of the time that
+    is training which counts.
+
+    Example: brainscale bench checkpoint --folder /scratch --json results.jsonl
+
+    Example: brainscale bench checkpoint --config configs/mae_vit_b.toml data.store=stores/brains zero.stage=2
+
+    Parameters
+    ----------
+    overrides
+        Settings as key=value; without data.store, a store of synthetic brains at 2 mm is made.
+    config
+        Settings of the run that is measured (TOML). None: width 384, depth 12, fp32.
+    folder
+        The disk to write to. None: where temporary files lie.
+    quick
+        A small model and few rounds.
+    json
+        File that the lines are appended to.
+    """
+    from brainscale.bench import checkpoint as bench_checkpoint
+    from brainscale.bench.record import write
+
+    write(bench_checkpoint.run(overrides, config, folder, quick), json)
