@@ -1,7 +1,7 @@
 """Real processes of a run without a real start each time: forked from a server that has imported everything.
 
-`run_ranks` gives the same as `brainscale pretrain …` under torchrun, in a second instead of ten, so that runs can be
-killed by the dozen. Tests of the launcher itself use `conftest.run_brainscale`.
+`run_ranks` gives the same as `brainscale pretrain …` under torchrun, without the page at the end, in a second and not
+ten, so that runs can be killed by the dozen. Tests of the launcher itself use `conftest.run_brainscale`.
 """
 
 import multiprocessing
@@ -97,9 +97,10 @@ def _main(function: Callable[[], None], environment: dict[str, str], output: Pat
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    from brainscale import faults, run_folder, stopping
+    from brainscale import faults, report, run_folder, stopping
 
     faults.ARMED[:] = faults.parse(environment["BRAINSCALE_FAULTS"])
+    report.write = lambda run_dir: run_dir
     stopping.STARTED_S, run_folder.STARTED_S = time.monotonic(), time.time()
     try:
         function()
