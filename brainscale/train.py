@@ -98,9 +98,9 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         if why == stopping.SAVE_FAILED:
             break
         ends = last or gives_up or bool(why)
-        saves = due(state.step, config.checkpoint.every_steps) or ends
+        saves = (due(state.step, config.checkpoint.every_steps) or ends) and not gives_up
 
-        if due(state.step, config.log.every_steps) or saves:
+        if due(state.step, config.log.every_steps) or saves or gives_up:
             line = {
                 "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
                 "samples": state.step * samples, "mask_fraction": masked / session.tokens,
@@ -128,11 +128,13 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     if writer is not None:
         writer.close()
     save(saver, None, True)
+    saver.close()
     wait(world)
     if in_a_row >= config.health.max_skipped_in_a_row:
         raise TrainingStopped(
-            f"{in_a_row} steps in a row were not finite, the last is step {state.step}; the state after it is saved. "
-            f"Look with: brainscale replay {run_dir} {state.step}; {health.folder(run_dir)} names the scans"
+            f"{in_a_row} steps in a row were not finite, up to step {state.step}: {health.folder(run_dir)} names the "
+            f"scans, brainscale replay {run_dir} {state.step} shows their losses. Mend the data, lower optim.lr with "
+            "--allow-change optim.lr, or go past them with a larger health.max_skipped_in_a_row"
         )
     if why and state.step < config.train.num_steps:
         raise StoppedEarly(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read whe
 
 import numpy as np
 import pytest
+from processes import run_ranks
 
 from brainscale import metrics, store
 from brainscale.config import Plan
@@ -142,10 +144,11 @@ def losses(run: Path) -> dict[int, float]:
 
 def refusal(code: int, *arguments: str | Path) -> str:
     """The one sentence of a command that must fail without a traceback."""
-    done = run_brainscale(*arguments, code=code)
-    assert "Traceback" not in done.stderr
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1, done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        text = run_ranks(*arguments, code=code, logs=Path(folder))[0].text
+    assert "Traceback" not in text
+    sentences = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, text
     return sentences[0]
 
 

@@ -88,16 +88,20 @@ def equal(one: Path, other: Path) -> bool:
     )
 
 
-def test_steps_in_a_row_end_the_run_and_it_goes_on_behind_them(bad_store, tiny_config, tmp_path):
-    """With batches of two epochs every step holds the scan. A second start continues, and stops again."""
+def test_steps_in_a_row_end_the_run_and_nothing_of_them_is_saved(bad_store, tiny_config, tmp_path):
+    """With batches of two epochs every step holds the scan. A larger limit goes on past them."""
     run = tmp_path / "run"
     more = ("train.global_batch_volumes=64", "train.micro_batch_volumes=8", "health.max_skipped_in_a_row=2")
-    for last in (2, 4):
+    for _ in range(2):
         ranks = run_ranks(*common(tiny_config, bad_store, run), *more, ranks=2, code=5, logs=tmp_path)
-        assert "2 steps in a row were not finite" in ranks[0].text and "Traceback" not in ranks[0].text
+        assert "2 steps in a row were not finite, up to step 2" in ranks[0].text and "Traceback" not in ranks[0].text
         assert json.loads((run / "exit.json").read_text())["code"] == 5
-        assert files.step_of(files.directories(run / "checkpoints")[-1]) == last
-    assert all(value is None for value in losses(run).values())
+        assert not files.directories(run / "checkpoints")
+    assert losses(run) == {1: None, 2: None}
+    run_ranks(
+        *common(tiny_config, bad_store, run), *more, "health.max_skipped_in_a_row=9", "train.num_steps=5", logs=tmp_path
+    )
+    assert files.read_state(files.directory(run / "checkpoints", 5)).skipped == 5
 
 
 def spoil_one_gradient(arguments: list[str], step: int) -> None:

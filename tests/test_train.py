@@ -40,29 +40,16 @@ def test_the_same_command_leaves_a_finished_run_alone(unbroken, tiny_store, tiny
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
-def test_a_checkpoint_loads_on_another_number_of_ranks(first, second, tiny_store, tiny_config, tmp_path):
-    """From step 8 on, against one rank throughout (at a constant rate, since the shorter run ends earlier)."""
-    common = ("pretrain", tiny_config, f"data.store={tiny_store}", "optim.final_lr_fraction=1", "train.num_steps=16")
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    run_brainscale(*common, f"run.dir={whole}")
-    run_brainscale(*common, f"run.dir={run}", "train.num_steps=8", ranks=first)
-    run_brainscale(*common, f"run.dir={run}", ranks=second)
-    assert len(losses(run)) == 16
-    for step, loss in losses(whole).items():
-        assert losses(run)[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tiny_store, tiny_config, tmp_path):
-    """The step that diverges is logged, nothing is saved from it on, and the exit code is 5."""
+    """The steps that diverge are left out and logged, nothing is saved from them on, and the exit code is 5."""
     run = tmp_path / "diverged"
-    text = refusal(
-        5, "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "optim.lr=1e30", "log.every_steps=100"
-    )
-    assert "is nan" in text and "not saved" in text
+    arguments = (f"data.store={tiny_store}", f"run.dir={run}", "optim.lr=1e30", "log.every_steps=100")
+    text = run_brainscale("pretrain", tiny_config, *arguments, code=5).stderr
+    assert "Traceback" not in text
+    assert "3 steps in a row were not finite" in text
     assert json.loads((run / "exit.json").read_text())["code"] == 5
     stopped = max(metrics.read(run / "metrics.jsonl"))
-    assert all(int(p.name[5:]) < stopped for p in (run / "checkpoints").glob("step-*"))
+    assert all(int(p.name[5:]) <= stopped - 3 for p in (run / "checkpoints").glob("step-*"))
     assert (run / "report.html").exists()
 
 
