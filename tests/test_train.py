@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY_GRID_ZYX, losses, refusal, run_brainscale, write_tiny_store
+from conftest import FULL, TINY_GRID_ZYX, losses, refusal, run_brainscale, write_tiny_store
 
 from brainscale import metrics, run_folder
 from brainscale.config import Config, Plan, load
@@ -101,3 +101,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(unbroken, tiny_store, tiny_co
     text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", *again, "optim.lr=1e-3")
     assert "optim.lr: 0.003 → 0.001" in text
     assert json.loads((resumed / "exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.slow
+def test_runs_under_torchrun_end_with_exit_0_again_and_again(tiny_store, tiny_config, tmp_path):
+    """Thirty in a row (eight in CI): gloo's threads end an interpreter's shutdown by an abort in one of fifteen, if it
+    is let to shut down."""
+    for number in range(30 if FULL else 8):
+        common = ("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={tmp_path / str(number)}")
+        run_brainscale(*common, "train.num_steps=4", ranks=2)
