@@ -124,7 +124,7 @@ def newest(root: Path, world: World) -> Path | None:
         for other, problem in damaged:
             aside = files.set_aside(root / other)
             print(f"DAMAGED CHECKPOINT, falling back to the one before it: {problem}; it is now {aside}", flush=True)
-        if not (root / files.LATEST).is_file() or (root / files.LATEST).read_bytes() != name.encode():
+        if files.pointed(root) != name:
             files.point(root, name)
     fault_point("load.found")
     return root / name

@@ -14,6 +14,7 @@ is renamed damaged-step-….
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from brainscale.config import InputError
@@ -77,12 +78,14 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
     try:
         temporary.mkdir(parents=True)
         fault_point("save.directory")
-        save_file(weights, temporary / WEIGHTS)
+        _save(weights, temporary / WEIGHTS)
         fault_point("save.weights")
-        save_file(moments, temporary / OPTIMIZER)
+        _save(moments, temporary / OPTIMIZER)
         fault_point("save.optimizer")
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
         fault_point("save.state")
+        for name in (WEIGHTS, OPTIMIZER):  # safetensors lets nobody else read
+            shutil.copymode(temporary / STATE, temporary / name)
         manifest = {}
         for path in sorted(temporary.iterdir()):
             _fsync(path)
@@ -93,7 +96,7 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
         fault_point("save.flushed")
-    except OSError:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():  # a damaged one that was fallen back from
@@ -129,8 +132,13 @@ def step_of(path: Path) -> int:
 
 
 def directories(root: Path) -> list[Path]:
-    """Checkpoint directories, whole or damaged, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir()) if root.is_dir() else []
+    """Checkpoint directories, whole or damaged, oldest first. Copies under other names (step-….bak) are none."""
+    return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), key=step_of)
+
+
+def pointed(root: Path) -> str:
+    """What the pointer names; "" where there is none."""
+    return (root / LATEST).read_text(errors="replace") if (root / LATEST).is_file() else ""
 
 
 def sweep(root: Path) -> None:
@@ -231,6 +239,17 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    """Raises the system's error as OSError; safetensors hides its number in a sentence of its own error."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _fsync(path: Path) -> None:

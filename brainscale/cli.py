@@ -97,15 +97,20 @@ def pretrain(
     except train.StoppedEarly as error:
         code, sentence = 75, str(error)
     except BaseException as error:
-        traceback.print_exc()
-        code, sentence, alone = 1, f"{type(error).__name__}: {error}", True
+        alone = True
         if isinstance(error, OSError) and error.errno in train.DISK_FULL:
             code, sentence = 75, f"the disk of {run_dir} is full; make room, then the same command continues"
+        else:
+            traceback.print_exc()
+            code, sentence = 1, f"{type(error).__name__}: {error}"
     if code and (world.is_first or alone):
         rank = f" (rank {world.rank})" if world.size > 1 and alone else ""
         print(f"error{rank}: {sentence}" if code != 75 else sentence, file=sys.stderr)
     if ours and run_dir.is_dir() and (world.is_first or alone):
-        run_folder.write_exit(run_dir, code, sentence, world)
+        try:
+            run_folder.write_exit(run_dir, code, sentence, world)
+        except OSError as error:
+            print(f"exit.json could not be written ({error})", file=sys.stderr)
     if world.is_first and code in (0, 5):
         print(f"report: {report.write(run_dir)}")
     distributed.leave(code)

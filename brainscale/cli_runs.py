@@ -31,8 +31,7 @@ def list_(run: Path, /) -> None:
     from brainscale import checkpoint_files as files
 
     root = _root(run)
-    latest = root / files.LATEST
-    pointed = latest.read_text() if latest.is_file() else ""
+    pointed = files.pointed(root)
     print(f"{'step':>10}{'samples':>12}{'MB':>10}  {'saved (UTC)':<20}  computed by")
     for path in files.directories(root):
         try:
@@ -62,9 +61,8 @@ def verify(run: Path, /) -> None:
     problems = {path: files.damage(path) for path in track(found, "verifying", disable=not sys.stderr.isatty())}
     for path, problem in problems.items():
         print(f"DAMAGED: {problem}" if problem else f"intact: {path}")
-    latest = root / files.LATEST
-    if not latest.is_file() or latest.read_text() not in {path.name for path in found}:
-        print(f"{latest} does not name a checkpoint; the next start sets it right")
+    if files.pointed(root) not in {path.name for path in found}:
+        print(f"{root / files.LATEST} does not name a checkpoint; the next start sets it right")
     if any(problems.values()):
         sys.exit(4)
 

@@ -32,5 +32,9 @@ def commit() -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that no reader sees half of it; several processes may do so at once."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

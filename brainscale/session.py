@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainscale import checkpoint, metrics, provenance, run_folder
+from brainscale import checkpoint, health, metrics, provenance, run_folder
 from brainscale import engine as deep
-from brainscale.checkpoint_files import TrainState, read_state
+from brainscale.checkpoint_files import TrainState, read_state, sweep
 from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.holdout import Holdout
@@ -50,6 +50,8 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
 
     The run folder must be held. Raises InputError for settings or data that cannot work.
     """
+    if world.is_first:
+        sweep(health.folder(run_dir))
     found = checkpoint.newest(run_dir / "checkpoints", world)
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:

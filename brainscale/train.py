@@ -9,7 +9,7 @@ from pathlib import Path
 from brainscale import checkpoint, distributed, health, metrics, run_folder, stopping
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
-from brainscale.config import Checkpoint, Config
+from brainscale.config import Checkpoint, Config, InputError
 from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
 from brainscale.health import MicroBatch
@@ -50,6 +50,9 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
             if session is not None:
                 train(session, stop, watch)
         except (TrainingStopped, StoppedEarly):
+            raise
+        except InputError as error:
+            watch.tell(error)
             raise
         except Exception as error:
             if blamed := watch.blame(error):
@@ -193,7 +196,7 @@ def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -
     except checkpoint.SaveFailed as failed:
         if isinstance(failed.error, OSError) and failed.error.errno in DISK_FULL:
             raise StoppedEarly(
-                f"the disk of {saver.root} is full, so the newest state could not be saved; no older checkpoint was "
+                f"the disk of {saver.root} is full, so a state could not be saved whole; no older checkpoint was "
                 "harmed: make room, then the same command continues"
             ) from failed
         raise failed.error from failed

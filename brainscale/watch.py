@@ -87,7 +87,7 @@ class Watch:
         """Which other rank an error of this one is due to, in a sentence; "" where all others are alive.
 
         Collectives fail with a RuntimeError: then it waits until each rank has been heard of again or silent for
-        SILENT_S. An error of this rank's own is told to the others.
+        SILENT_S. An error of this rank's own is told to the others. Writes this rank's stacks.
         """
         if self.world.size == 1 or self.closed.is_set():
             return ""
@@ -97,9 +97,14 @@ class Watch:
             if found := self._culprits(SILENT_S):
                 return found
             time.sleep(BEAT_S / 2)
-        self.failure = " ".join(f"{type(error).__name__}: {error}".split())
-        time.sleep(3 * BEAT_S)
+        self.tell(error)
         return ""
+
+    def tell(self, error: Exception) -> None:
+        """Let the others know what failed here, before this rank leaves."""
+        if self.world.size > 1:
+            self.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            time.sleep(3 * BEAT_S)
 
     def _culprits(self, silent_s: float) -> str:
         failed = [f"rank {rank} ({p.who}) failed: {p.failure}" for rank, p in self.peers.items() if p.failure]

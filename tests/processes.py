@@ -18,7 +18,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["processes_preload"])
+SERVER.set_forkserver_preload(
+    [  # no module of this folder, which the server cannot find: it passes over such a name in silence
+        "brainscale.distributed", "brainscale.cli", "brainscale.report", "brainscale.train",
+        "torch._dynamo.aot_compile", "torch._dynamo.convert_frame", "deepspeed.runtime.zero.muon.original_muon",
+    ]
+)  # fmt: skip
 
 
 @dataclass
@@ -80,7 +85,11 @@ def run_ranks(
 
 def finish(started: list[Rank], code: int | None = 0, timeout_s: float = 120) -> list[Rank]:
     """Wait until all have ended; checks every exit code unless `code` is None."""
-    codes = [rank.wait(timeout_s) for rank in started]
+    try:
+        codes = [rank.wait(timeout_s) for rank in started]
+    finally:
+        for rank in started:
+            rank.process.kill()
     if code is not None:
         assert codes == [code] * len(started), f"{codes}\n" + "\n".join(rank.text[-3000:] for rank in started)
     return started

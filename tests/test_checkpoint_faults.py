@@ -8,8 +8,9 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,6 +248,39 @@ def assert_says_that_the_disk_is_full(ended: list[Rank], run: Path) -> None:
     assert not [rank.text for rank in ended if "Traceback" in rank.text]
     said = json.loads((run / "exit.json").read_text())
     assert said["code"] == 75 and said["sentence"] == lines[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here, which takes root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_disk_that_is_really_full_ends_the_run_resumably(ranks, command, whole, small_disk, tmp_path):
+    """There is room for two checkpoints and a half; what takes up the rest is removed before the next start."""
+    run, filler = small_disk / "run", small_disk / "filler"
+    size = sum(len(data) for data in contents(whole(ranks) / "checkpoints" / f"step-{STEPS:08d}").values())
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - int(2.5 * size)))
+    ended = run_ranks(*command(run), ranks=ranks, logs=tmp_path, code=75)
+    assert_says_that_the_disk_is_full(ended, run)
+    assert steps_of(run) == [4, 8]
+    assert not list((run / "checkpoints").glob(".tmp-*")), "what was begun takes no room"
+
+    filler.unlink()
+    again = run_ranks(*command(run), ranks=ranks, logs=tmp_path)
+    assert began_at(again[0].text) == 8
+    assert_ended_well(run, whole(ranks))
 
 
 @pytest.fixture
