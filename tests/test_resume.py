@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from conftest import ROOT, losses, refusal, run_brainscale
 
 from brainscale import metrics
@@ -40,20 +39,6 @@ def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_
     done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
     assert "resumed from" in done.stdout
     assert losses(run) == losses(unbroken)
-
-
-def test_accumulation_and_stage_2_follow_the_same_path(unbroken, tiny_store, tiny_config, tmp_path):
-    run = tmp_path / "accumulated"
-    run_brainscale(
-        "pretrain",
-        tiny_config,
-        f"data.store={tiny_store}",
-        f"run.dir={run}",
-        "train.micro_batch_volumes=2",
-        "zero.stage=2",
-    )
-    for step, loss in losses(unbroken).items():
-        assert losses(run)[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
 
 
 def test_what_an_attempt_without_a_checkpoint_left_is_made_again(unbroken, tiny_store, tiny_config, tmp_path):
