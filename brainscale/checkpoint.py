@@ -38,8 +38,7 @@ class Saver:
         self.engine, self.root, self.world, self.settings = engine, root, world, settings
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
-        self.saved_step = -1
-        self.write_s = 0.0
+        self.copy_s = self.write_s = 0.0
 
     def save(self, state: TrainState, wait: bool) -> None:
         """Collective. `wait`: return when it is on disk on every rank's behalf, else when the copy is made.
@@ -48,9 +47,10 @@ class Saver:
         """
         self.finish()
         fault_point("save.begin")
+        begin = time.monotonic()
         weights, moments, updates = snapshot(self.engine, self.world)
+        self.copy_s = max(self.copy_s, time.monotonic() - begin)
         fault_point("save.copied")
-        self.saved_step = state.step
         if self.world.is_first:
             self.writing = self.writer.submit(self._write, replace(state, updates=updates), weights, moments)
         if wait or not self.settings.background:
@@ -77,7 +77,7 @@ class Saver:
         begin = time.monotonic()
         files.write(self.root, state, weights, moments)
         files.prune(self.root, self.settings.keep_last, self.settings.keep_every_steps)
-        self.write_s = time.monotonic() - begin
+        self.write_s = max(self.write_s, time.monotonic() - begin)
         fault_point("save.end")
 
 
@@ -138,9 +138,12 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
     """
     state, reader = files.read_state(path), files.Reader(path)
     parameters: dict[str, Any] = dict(engine.module.named_parameters())
-    if parameters.keys() != reader.names():
-        different = sorted(parameters.keys() ^ reader.names())
-        raise InputError(f"{path} holds another model: {len(different)} tensors differ ({different[0]}, …)")
+    wanted = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    if different := sorted(n for n in wanted.keys() | reader.names() if wanted.get(n) != reader.shape(n)):
+        raise InputError(
+            f"{path} holds another model: {len(different)} tensors differ ({different[0]}, …); restore the settings of "
+            "model and decoder, or choose another run.dir"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             for moment in (None, *MOMENTS):

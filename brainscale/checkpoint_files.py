@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,11 @@ class TrainState:
     """Everything a run is besides tensors.
 
     step: finished steps, those left out for want of a finite gradient included; updates: AdamW's own count, without
-    them; skipped: how many those are; cursor: global index of the next sample; time_s: seconds of training so far;
-    config, versions: as dumped; plan_hash, data_hash: of the store's plan and of the training rows; volume_zyx: voxels
-    of what the model sees; world_size, zero_stage, micro_batch_volumes, accumulation: how it was computed, which a
-    resumed run may change.
+    them; skipped, skipped_in_a_row: how many those are, in all and up to now; cursor: global index of the next sample;
+    time_s: seconds of training so far; config, versions: as dumped; plan_hash, data_hash: of the store's plan and of
+    the training rows; volume_zyx: voxels of what the model sees; world_size, zero_stage, micro_batch_volumes,
+    accumulation: how it was computed, which a resumed run may change; meter: sums and counts of the metrics line that
+    was begun (`metrics.Meter`).
     """
 
     step: int
@@ -61,6 +62,8 @@ class TrainState:
     accumulation: int
     updates: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    meter: list[list[float]] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -76,7 +79,10 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
     final = directory(root, state.step)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     try:
+        new = not root.exists()
         temporary.mkdir(parents=True)
+        if new:
+            _fsync(root.parent)
         fault_point("save.directory")
         _save(weights, temporary / WEIGHTS)
         fault_point("save.weights")
@@ -144,7 +150,10 @@ def pointed(root: Path) -> str:
 def sweep(root: Path) -> None:
     """Remove what a killed save or removal left behind. Only for the process that holds the run folder."""
     for litter in root.glob(".tmp-*"):
-        shutil.rmtree(litter)
+        if litter.is_dir():
+            shutil.rmtree(litter)
+        else:
+            litter.unlink()
         fault_point("load.swept")
 
 
@@ -163,7 +172,11 @@ def damage(path: Path) -> str | None:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{file} is missing or has another size than its manifest says"
-        if file_hash(file) != digest:
+        try:
+            found = file_hash(file)
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+        if found != digest:
             return f"{file} does not have the hash of its manifest"
     return None
 
@@ -193,6 +206,10 @@ class Reader:
     def names(self) -> set[str]:
         """Parameter names."""
         return set(self.files[WEIGHTS].keys())
+
+    def shape(self, name: str) -> list[int] | None:
+        """Shape of a parameter; None where there is none of that name."""
+        return self.files[WEIGHTS].get_slice(name).get_shape() if name in self.names() else None
 
     def get(self, name: str, moment: str | None = None) -> torch.Tensor:
         """A parameter (moment: None) or one of its moments, fp32 on the CPU."""

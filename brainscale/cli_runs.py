@@ -101,9 +101,9 @@ def prune(
         gone = files.expendable(intact, keep_last, keep_every_steps)
         for path in gone:
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-            print(f"{'would remove' if dry_run else 'removed'} {path} ({size:.1f} MB)")
             if not dry_run:
                 files.remove(path)
+            print(f"{'would remove' if dry_run else 'removed'} {path} ({size:.1f} MB)")
         print(f"{len(intact) - len(gone)} intact checkpoint(s) {'would stay' if dry_run else 'left'}")
 
 

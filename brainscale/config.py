@@ -218,7 +218,8 @@ class Zero(Model):
     """DeepSpeed's sharding."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """0 shards nothing (fp32 only), 1 optimizer states over ranks, 2 gradients as well, 3 weights as well."""
+    """0 shards nothing (fp32 only), 1 optimizer states over ranks, 2 gradients as well, 3 weights as well. bf16 with
+    accumulation shards gradients too, which is said at the start: at 1 DeepSpeed would not accumulate in fp32."""
     offload_optimizer: bool = False
     """Keep optimizer states and the fp32 master in host memory and step there: slower, for models that do not fit."""
 

@@ -131,7 +131,7 @@ class Agreement:
         return told
 
 
-def shorten_timeouts(timeout_s: float) -> None:
+def set_timeouts(timeout_s: float) -> None:
     """Let every process group give up after `timeout_s`; they are made with a longer time for the first step."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -36,7 +36,8 @@ def parse(text: str) -> list[Fault]:
         point, *conditions = entry.split("@")
         name, _, action = point.partition(":")
         given = dict(condition.partition("=")[::2] for condition in conditions)
-        if action not in ACTIONS or not set(given) <= {"rank", "hit"}:
+        counts = all(text.isdigit() for text in given.values()) and given.get("hit") != "0"
+        if not name or action not in ACTIONS or not set(given) <= {"rank", "hit"} or not counts:
             raise InputError(
                 f"BRAINSCALE_FAULTS: {entry!r} is not NAME:ACTION[@rank=R][@hit=N] with an action of "
                 f"{', '.join(ACTIONS)}; it is meant for tests: unset it"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brainscale.checkpoint_files import directories, remove, step_of, sweep
 from brainscale.distributed import World, gather
 from brainscale.mae import Output
 from brainscale.provenance import write_text
@@ -39,6 +40,18 @@ def guarded(loss: Tensor) -> Tensor:
 def folder(run_dir: Path) -> Path:
     """Where steps that were left out are recorded."""
     return run_dir / "nonfinite"
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Remove what an attempt recorded after `step`, from where this one begins: its steps are made again."""
+    root = folder(run_dir)
+    sweep(root)
+    for file in root.glob("step-*.json"):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
+    for path in directories(root):
+        if step_of(path) > step:
+            remove(path)
 
 
 def record(run_dir: Path, step: int, computed: list[MicroBatch], store: Store, world: World) -> dict[str, Any]:

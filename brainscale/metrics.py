@@ -45,12 +45,21 @@ class Meter:
         self.sums += values.masked_fill(skipped, 0.0)
         self.counts += ~skipped
 
-    def read(self) -> dict[str, float | None]:
-        """Means over micro-batches and ranks since the last read; None for a part never computed. Collective."""
+    def total(self) -> list[list[float]]:
+        """Sums and counts over micro-batches and ranks since the last read, to be continued by `resume`. Collective."""
         both = torch.stack((self.sums, self.counts))
         if self.world.size > 1:
             dist.all_reduce(both)
-        sums, counts = both.tolist()
+        return both.tolist()
+
+    def resume(self, total: list[list[float]]) -> None:
+        """Go on from what `total` gave before a stop."""
+        if total and self.world.is_first:
+            self.sums, self.counts = torch.tensor(total, dtype=torch.float64, device=self.world.device)
+
+    def read(self) -> dict[str, float | None]:
+        """Means over micro-batches and ranks since the last read; None for a part never computed. Collective."""
+        sums, counts = self.total()
         self._zero()
         return {part: total / count if count else None for part, total, count in zip(PARTS, sums, counts)}
 

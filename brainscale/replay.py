@@ -23,6 +23,7 @@ from brainscale.schedules import learning_rate
 from brainscale.train import compute
 from brainscale.watch import Watch
 
+OTHERWISE = "; settings, data or versions changed since, or it began from a state before such a change"
 TOLERANCE = 1e-3
 """Relative difference of two losses of one step that other numbers of ranks may cause."""
 
@@ -126,17 +127,20 @@ def compare(run_dir: Path, step: int, found: Found) -> tuple[str, bool]:
         suspects = set(json.loads(record.read_text())["suspects"])
         bad = {one["id"] for one in found.samples if not math.isfinite(one["loss"])}
         agrees = not found.applied and bad <= suspects and bool(bad) == bool(suspects)
-        return f"{'reproduced' if agrees else 'NOT REPRODUCED'}: the run left it out too", agrees
+        return (
+            "reproduced: the run left it out too" if agrees else f"NOT REPRODUCED: the run left it out{OTHERWISE}",
+            agrees,
+        )
     if not found.applied:
         return "NOT REPRODUCED: the run did not record this step as left out", False
     lines = metrics.read(run_dir / "metrics.jsonl")
     recorded = lines.get(step, {}).get("loss")
-    if recorded is None or (step > 1 and step - 1 not in lines):
+    if recorded is None or (step > 1 and "loss" not in lines.get(step - 1, {})):
         return "the run recorded no loss of this step alone", True
     difference = abs(found.loss - recorded) / max(abs(recorded), 1e-12)
     agrees = difference <= TOLERANCE
     what = f"the run recorded loss {recorded:.9g}, a relative difference of {difference:.1e}"
-    return f"{'reproduced' if agrees else 'NOT REPRODUCED'}: {what}", agrees
+    return f"reproduced: {what}" if agrees else f"NOT REPRODUCED: {what}{OTHERWISE}", agrees
 
 
 def _note(name: str, spoiled: set[str]) -> Any:

@@ -34,7 +34,7 @@ REFUSED_LISTED = 200
 
 
 class RunBusy(InputError):
-    """Another process is writing the run folder; nothing in it may be touched."""
+    """The run folder cannot be held, or another process is writing it; nothing in it may be touched."""
 
 
 def open_everywhere(path: str, world: World) -> Store:
@@ -78,16 +78,18 @@ def data_hash(store: Store, rows: np.ndarray) -> str:
 
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Hold the run folder. Raises RunBusy on every rank when another process has it."""
+    """Hold the run folder. Raises RunBusy on every rank when that cannot be."""
     lock = None
     taken: str | None = None
     if world.is_first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / ".lock", timeout=0)
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(run_dir / ".lock", timeout=0)
             lock.acquire()
         except filelock.Timeout:
             taken = f"{run_dir} is being written by another process; wait for it, or give this run its own run.dir"
+        except OSError as error:
+            taken = f"{run_dir} cannot be used ({error.strerror}); give another run.dir, or allow access to it"
     taken = broadcast(taken, world)
     if taken:
         raise RunBusy(taken)

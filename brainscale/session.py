@@ -9,7 +9,7 @@ import torch
 
 from brainscale import checkpoint, health, metrics, provenance, run_folder
 from brainscale import engine as deep
-from brainscale.checkpoint_files import TrainState, read_state, sweep
+from brainscale.checkpoint_files import TrainState, read_state, step_of
 from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.holdout import Holdout
@@ -50,9 +50,9 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
 
     The run folder must be held. Raises InputError for settings or data that cannot work.
     """
-    if world.is_first:
-        sweep(health.folder(run_dir))
     found = checkpoint.newest(run_dir / "checkpoints", world)
+    if world.is_first:
+        health.forget_after(run_dir, step_of(found) if found else 0)
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
@@ -85,7 +85,8 @@ def build(
             if world.is_first:
                 print(f"{run_dir}: already done ({saved.step} of {config.train.num_steps} steps)", flush=True)
             return None
-        state = replace(state, step=saved.step, cursor=saved.cursor, time_s=saved.time_s, skipped=saved.skipped)
+        kept = ("step", "cursor", "time_s", "skipped", "skipped_in_a_row", "meter")
+        state = replace(state, **{name: getattr(saved, name) for name in kept})
     voice = metrics.Voice(world, config.train.num_steps, state.step)
     kernels = choose(config.kernels, world.device)
     voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}")

@@ -20,16 +20,18 @@ TIME_IS_UP, SAVE_FAILED = 64, 65
 """Reasons beside signal numbers, which are lower."""
 RESUMABLE = 75
 RESERVE_S = 60.0
-"""Kept before the end of a Slurm job, besides twice the time of a step and a save."""
+"""Kept before the end of a Slurm job, besides twice the time of a step and a save, and an evaluation."""
 STARTED_S = time.monotonic()
 """When this process began."""
 
 
 class Stop:
-    """Keeps the first of SIGNALS that this process gets; a second Ctrl-C ends it at once."""
+    """Keeps the first of SIGNALS that this process gets. A second Ctrl-C ends it at once, but not a rank of many: they
+    get every signal twice, from the terminal or Slurm and from torchrun."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.interrupts = 0, 0
+        self.alone = not {"RANK", "SLURM_PROCID"} & set(os.environ)
         for number in SIGNALS:  # a thread that began before the blocking (BLAS) may still be given one
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -40,12 +42,13 @@ class Stop:
             self._handle(signal.sigwait(SIGNALS))
 
     def _handle(self, number: int, frame: FrameType | None = None) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1 and self.alone:
             os._exit(RESUMABLE)
-        if self.number == 0:
-            self.number = number
-            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        first, self.number = self.number == 0, self.number or number
+        if first or (number == signal.SIGINT and self.alone):
+            rank = "" if self.alone else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
+            again = "; Ctrl-C again stops at once, unsaved" if number == signal.SIGINT and self.alone else ""
             print(f"{reason(number)}{rank}: stopping after the next step{again}", file=sys.stderr, flush=True)
 
 
@@ -57,10 +60,10 @@ class Deadline:
         self.stop_s = STARTED_S + 60 * stop_after_min if stop_after_min else float("inf")
         self.job_s = float("inf") if job_end_s is None else time.monotonic() + job_end_s - time.time()
 
-    def reached(self, step_s: float, save_s: float) -> bool:
-        """Whether to stop now. step_s, save_s: seconds that a step and a save took."""
+    def reached(self, step_s: float, save_s: float, evaluate_s: float) -> bool:
+        """Whether to stop now. Seconds that a step, a save and an evaluation took at most."""
         now = time.monotonic()
-        return now >= self.stop_s or now >= self.job_s - RESERVE_S - 2 * (step_s + save_s)
+        return now >= self.stop_s or now >= self.job_s - RESERVE_S - 2 * (step_s + save_s) - evaluate_s
 
 
 def reason(number: int) -> str:
@@ -72,7 +75,7 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
     """`slurm_end_s`, or None, said aloud, when Slurm cannot be asked: only its warning signal stops the run in time."""
     try:
         return slurm_end_s()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         say(f"the end of this Slurm job is not known ({error}); have it signalled: sbatch --signal=USR1@300")
         return None
 
@@ -80,7 +83,7 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
 def slurm_end_s() -> float | None:
     """When this Slurm job ends (seconds since 1970); None outside of a job and where it has no limit.
 
-    Raises RuntimeError, OSError or subprocess errors when Slurm cannot be asked.
+    Raises ValueError, OSError or subprocess errors when Slurm cannot be asked.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return None
@@ -98,6 +101,6 @@ def time_left_s(text: str) -> float | None:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", text)
     if found is None:
-        raise RuntimeError(f"squeue gave {text!r} as the time left")
+        raise ValueError(f"squeue gave {text!r} as the time left")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -44,6 +44,8 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
     or another rank is gone; StoppedEarly when `stop` or the time says so (the state is saved then) or the disk is full.
     """
     with run_folder.locked(run_dir, world):
+        if world.is_first:
+            (run_dir / "exit.json").unlink(missing_ok=True)
         watch = Watch(world, run_dir, config.health.first_timeout_s)
         try:
             session = prepare(config, run_dir, world, allow_change)
@@ -73,7 +75,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     deadline = stopping.Deadline(config.train.stop_after_min, stopping.job_end_s(voice.line) if writer else None)
     agreement = distributed.Agreement(world)
     batches = session.loader.batches(state.cursor)
-    first, in_a_row, why = state.step, 0, agreement.vote(stop.number)
+    first, why, evaluate_s = state.step, agreement.vote(stop.number), 0.0
+    meter.resume(state.meter)
 
     for step in range(first, config.train.num_steps):
         begin, before = time.monotonic(), state
@@ -84,26 +87,25 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         computed = compute(session, batches, step, watch, clock)
         state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
         if engine.was_step_applied():
-            in_a_row = 0
+            state = replace(state, skipped_in_a_row=0)
             for micro in computed:
                 meter.add(micro.out)
             session.model.after_step(step)
         else:
-            in_a_row += 1
-            state = replace(state, skipped=state.skipped + 1)
-            leave_out(session, before, computed, in_a_row == 1)
+            state = replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+            leave_out(session, before, computed)
         if step == first:
-            distributed.shorten_timeouts(config.health.timeout_s)
-            watch.timeout_s = config.health.timeout_s
+            watch.set_timeout(config.health.timeout_s)
 
-        last, gives_up = state.step == config.train.num_steps, in_a_row >= config.health.max_skipped_in_a_row
-        why = agreement.vote(wish(stop, deadline, time.monotonic() - begin, saver))
+        last = state.step == config.train.num_steps
+        gives_up = state.skipped_in_a_row >= config.health.max_skipped_in_a_row
+        why = agreement.vote(wish(stop, deadline, time.monotonic() - begin, evaluate_s, saver))
         if why == stopping.SAVE_FAILED:
             break
         ends = last or gives_up or bool(why)
-        saves = (due(state.step, config.checkpoint.every_steps) or ends) and not gives_up
+        planned = due(state.step, config.checkpoint.every_steps) or last
 
-        if due(state.step, config.log.every_steps) or saves or gives_up:
+        if due(state.step, config.log.every_steps) or planned or gives_up:
             line = {
                 "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
                 "samples": state.step * samples, "mask_fraction": masked / session.tokens,
@@ -115,29 +117,31 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
             voice.step(line)
 
         if session.holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
-            watch.at(state.step, "evaluate")
-            with clock.span("other_s"):
+            since = time.monotonic()
+            with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
                 evaluate(session, state.step, writer, last)
+            evaluate_s = max(evaluate_s, time.monotonic() - since)
 
-        if saves:
-            watch.at(state.step, "save")
-            with clock.span("checkpoint_s"):
+        if (planned or ends) and not gives_up:
+            state = replace(state, meter=meter.total())
+            with clock.span("checkpoint_s"), watch.patience(state.step, "save", config.health.first_timeout_s):
                 save(saver, state, ends)
         if ends:
             break
 
-    watch.at(state.step, "end")
     batches.close()
     if writer is not None:
         writer.close()
-    save(saver, None, True)
+    with watch.patience(state.step, "end", config.health.first_timeout_s):
+        save(saver, None, True)
+        wait(world)
     saver.close()
-    wait(world)
-    if in_a_row >= config.health.max_skipped_in_a_row:
+    if state.skipped_in_a_row >= config.health.max_skipped_in_a_row:
         raise TrainingStopped(
-            f"{in_a_row} steps in a row were not finite, up to step {state.step}: {health.folder(run_dir)} names the "
-            f"scans, brainscale replay {run_dir} {state.step} shows their losses. Mend the data, lower optim.lr with "
-            "--allow-change optim.lr, or go past them with a larger health.max_skipped_in_a_row"
+            f"{state.skipped_in_a_row} steps in a row were not finite, up to step {state.step}: "
+            f"{health.folder(run_dir)} names the scans, brainscale replay {run_dir} {state.step} shows their losses. "
+            "Mend the data, lower optim.lr with --allow-change optim.lr, or go past them with a larger "
+            "health.max_skipped_in_a_row"
         )
     if why and state.step < config.train.num_steps:
         raise StoppedEarly(
@@ -169,21 +173,24 @@ def compute(
     return computed
 
 
-def leave_out(session: Session, before: TrainState, computed: list[MicroBatch], first_in_a_row: bool) -> None:
+def leave_out(session: Session, before: TrainState, computed: list[MicroBatch]) -> None:
     """Collective: record a step that was not finite; the state before the first of a row is kept, for `replay`."""
     deep.forget_gradients(session.engine)
     found = health.record(session.run_dir, before.step + 1, computed, session.store, session.world)
     session.voice.line(health.sentence(found))
-    if first_in_a_row:
+    if before.skipped_in_a_row == 0:
         root = health.folder(session.run_dir)
         save(checkpoint.Saver(session.engine, root, session.world, Checkpoint()), before, True)
 
 
-def wish(stop: stopping.Stop, deadline: stopping.Deadline, step_s: float, saver: checkpoint.Saver) -> int:
+def wish(
+    stop: stopping.Stop, deadline: stopping.Deadline, step_s: float, evaluate_s: float, saver: checkpoint.Saver
+) -> int:
     """Why this rank wants to stop; 0 if it does not."""
     if saver.failed():
         return stopping.SAVE_FAILED
-    return stop.number or (stopping.TIME_IS_UP if deadline.reached(step_s, saver.write_s) else 0)
+    late = deadline.reached(step_s, saver.copy_s + saver.write_s, evaluate_s)
+    return stop.number or (stopping.TIME_IS_UP if late else 0)
 
 
 def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -> None:
@@ -194,7 +201,10 @@ def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -
         else:
             saver.save(state, wait_for_it)
     except checkpoint.SaveFailed as failed:
-        if isinstance(failed.error, OSError) and failed.error.errno in DISK_FULL:
+        number = failed.error.errno if isinstance(failed.error, OSError) else None
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{saver.root} cannot be written ({failed.error}); allow access to it") from failed
+        if number in DISK_FULL:
             raise StoppedEarly(
                 f"the disk of {saver.root} is full, so a state could not be saved whole; no older checkpoint was "
                 "harmed: make room, then the same command continues"

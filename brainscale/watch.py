@@ -12,43 +12,51 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from brainscale.distributed import World, broadcast, leave, wait
+from brainscale.distributed import World, broadcast, leave, set_timeouts, wait
 from brainscale.run_folder import write_exit
 
 BEAT_S = 0.5
+STORE_S = 2.0
+"""How long the store may take to answer before it is asked anew on another connection."""
 SILENT_S = 3.0
 """A rank not heard of for this long is taken for dead once something else has failed."""
 SHARE = 0.9
 """Of the timeout: the watch ends first, while the stacks still show who waits for whom."""
+SURE_BEATS = 3
+"""Beats in a row at which a rank must be found silent: after a job was suspended as a whole, all are for a moment."""
 STOPPED_ITSELF = 5
 PHASES = ("start", "data", "forward", "backward", "evaluate", "save", "end")
 
 
 @dataclass
 class Peer:
-    """What was heard of a rank: host and pid, its last beat, and how many of our beats ago that was."""
+    """What was heard of a rank: host and pid, its last beat and when it came (monotonic seconds), its failure."""
 
-    who: str = ""
+    who: str = "not heard of yet"
     beat: str = ""
     step: int = 0
     phase: str = "start"
-    beats_ago: int = 0
     failure: str = ""
+    heard_s: float = field(default_factory=time.monotonic)
 
     def hear(self, text: str) -> None:
         """Take in what stands in the store."""
         if text != self.beat:
-            self.beats_ago = 0
             _, step, self.phase, self.who, self.failure = text.split("|", 4)
-            self.step = int(step)
-        else:
-            self.beats_ago += 1
-        self.beat = text
+            self.beat, self.step, self.heard_s = text, int(step), time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it was last heard of."""
+        return time.monotonic() - self.heard_s
 
 
 class Watch:
@@ -61,22 +69,33 @@ class Watch:
         self.since = time.monotonic()
         self.peers = {rank: Peer() for rank in range(world.size) if rank != world.rank}
         self.failure, self.beats, self.closed, self.lock = "", 0, threading.Event(), threading.Lock()
+        self.store: dist.TCPStore | None = None
         if world.size == 1:
             return
-        port = 0
         if world.is_first:
-            self.store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-            port = self.store.port
-        port = broadcast(port, world)
-        if not world.is_first:
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, wait_for_workers=False)
-        self._beat()
+            self.server = self.store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        self.port = broadcast(self.store.port if self.store else 0, world)
+        self._exchange(ask=False)
         wait(world)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def at(self, step: int, phase: str) -> None:
         """Note where this rank is."""
         self.place, self.since = (step, phase), time.monotonic()
+
+    @contextmanager
+    def patience(self, step: int, phase: str, timeout_s: float) -> Iterator[None]:
+        """A part that one rank does alone while the others wait: all may take `timeout_s`."""
+        before_s = self.timeout_s
+        self.set_timeout(max(before_s, timeout_s))
+        self.at(step, phase)
+        yield
+        self.set_timeout(before_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let this watch, and every collective begun from now on, give up after so long."""
+        self.since, self.timeout_s = time.monotonic(), timeout_s
+        set_timeouts(timeout_s)
 
     def close(self) -> None:
         """Stop watching; to be called before the ranks part."""
@@ -107,41 +126,49 @@ class Watch:
             time.sleep(3 * BEAT_S)
 
     def _culprits(self, silent_s: float) -> str:
+        heard = self.peers if self.store is not None else {0: self.peers[0]}  # rank 0 keeps the store
         failed = [f"rank {rank} ({p.who}) failed: {p.failure}" for rank, p in self.peers.items() if p.failure]
         silent = [
-            f"rank {rank} ({peer.who}) is dead or stopped: not heard of for {peer.beats_ago * BEAT_S:.0f} s, last in "
-            f"step {peer.step} ({peer.phase})"
-            for rank, peer in self.peers.items()
-            if peer.beats_ago * BEAT_S >= silent_s
+            f"rank {rank} ({peer.who}) is dead or stopped: not heard of for {peer.silent_s:.0f} s, last in step "
+            f"{peer.step} ({peer.phase})"
+            for rank, peer in heard.items()
+            if peer.silent_s >= silent_s
         ]
         return "; ".join(failed or silent)
 
-    def _beat(self) -> None:
+    def _exchange(self, ask: bool = True) -> None:
+        """Beat, and hear what the others have said; a store that does not answer is left and joined anew."""
         self.beats += 1
         step, phase = self.place
-        who = f"{socket.gethostname()}, pid {os.getpid()}"
-        self.store.set(str(self.world.rank), f"{self.beats}|{step}|{phase}|{who}|{self.failure}")
+        said = f"{self.beats}|{step}|{phase}|{socket.gethostname()}, pid {os.getpid()}|{self.failure}"
+        patience = timedelta(seconds=STORE_S)
+        try:
+            if self.store is None:
+                self.store = dist.TCPStore(
+                    os.environ["MASTER_ADDR"], self.port, is_master=False, wait_for_workers=False,
+                    timeout=timedelta(seconds=60) if self.beats == 1 else patience,
+                )  # fmt: skip
+            self.store.set_timeout(patience)
+            self.store.set(str(self.world.rank), said)
+            if ask:
+                for peer, text in zip(self.peers.values(), self.store.multi_get([str(rank) for rank in self.peers])):
+                    peer.hear(text.decode())
+        except RuntimeError:
+            if self.beats == 1:
+                raise
+            self.store = None
 
     def _run(self) -> None:
-        keys = [str(rank) for rank in self.peers]
+        sure = 0
         while not self.closed.wait(BEAT_S):
-            try:
-                self._beat()
-                for rank, text in zip(self.peers, self.store.multi_get(keys)):
-                    self.peers[rank].hear(text.decode())
-            except RuntimeError as error:  # rank 0 keeps the store
-                if self.closed.wait(2 * SILENT_S):  # the loop ended, or says itself what failed
-                    return
-                self._end(f"rank 0 is gone: its store cannot be reached ({str(error).splitlines()[0]})")
+            self._exchange()
             limit_s = SHARE * self.timeout_s
-            if (
-                found := self._culprits(limit_s)
-                if any(p.beats_ago * BEAT_S >= limit_s for p in self.peers.values())
-                else ""
-            ):
+            late = any(peer.silent_s >= limit_s for peer in self.peers.values())
+            sure = sure + 1 if late else 0
+            if sure >= SURE_BEATS and (found := self._culprits(limit_s)):
                 self._end(found)
-            if time.monotonic() - self.since > limit_s:
-                self._end(self._hung())
+            if time.monotonic() - self.since > limit_s and not late:
+                self._end(self._culprits(max(SILENT_S, limit_s / 2)) or self._hung())
 
     def _hung(self) -> str:
         """Which ranks are behind the others, when all are alive and none goes on."""
@@ -158,9 +185,12 @@ class Watch:
         with self.lock:
             if self.closed.is_set():
                 return
-            dump(self.run_dir, self.world, sentence)
             print(f"error (rank {self.world.rank}): {sentence}", file=sys.stderr, flush=True)
-            write_exit(self.run_dir, STOPPED_ITSELF, sentence, self.world)
+            try:
+                dump(self.run_dir, self.world, sentence)
+                write_exit(self.run_dir, STOPPED_ITSELF, sentence, self.world)
+            except OSError as error:  # a full or lost disk; the process must end all the same
+                print(f"error (rank {self.world.rank}): {error}", file=sys.stderr, flush=True)
             leave(STOPPED_ITSELF)
 
 

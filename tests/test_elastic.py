@@ -89,12 +89,13 @@ def test_the_same_ranks_and_stage_give_the_same_bits(ranks, stage, precision, ti
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def test_a_compiled_model_follows_the_same_path(whole, tiny_store, tiny_config, tmp_path):
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_compiled_model_follows_the_same_path(ranks, stage, whole, tiny_store, tiny_config, tmp_path):
     """torch.compile of every block, if this machine has a C++ compiler; its checkpoints load without it."""
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on a CPU")
     run = tmp_path / "run"
-    leg(tiny_config, tiny_store, run, 1, 1, 7, "train.compile=true")
-    text = leg(tiny_config, tiny_store, run, 1, 1, None, "--allow-change", "train.compile")
+    leg(tiny_config, tiny_store, run, ranks, stage, 7, "train.compile=true")
+    text = leg(tiny_config, tiny_store, run, ranks, stage, None, "--allow-change", "train.compile")
     assert "resumed from" in text
     assert_close(run, whole)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT, losses, refusal, run_brainscale
+from processes import run_ranks
 
-from brainscale import metrics
+from brainscale import faults, metrics
+from brainscale.config import InputError
 
 
 def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_store, tiny_config, tmp_path):
@@ -66,3 +69,34 @@ def test_two_runs_in_one_folder_are_refused(tiny_store, tiny_config, tmp_path):
     text = refusal(2, "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
     assert "written by another process" in text
     holder.communicate("")
+
+
+def test_another_model_and_a_folder_that_cannot_be_are_refused_in_one_sentence(
+    unbroken, tiny_store, tiny_config, tmp_path
+):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    store = f"data.store={tiny_store}"
+    more = ("train.num_steps=50", "model.width=36", "--allow-change", "model.width")
+    assert "holds another model" in refusal(2, "pretrain", tiny_config, store, f"run.dir={run}", *more)
+    below_a_file = run_ranks("pretrain", tiny_config, store, "run.dir=README.md/run", ranks=2, code=2, logs=tmp_path)
+    text = "".join(rank.text for rank in below_a_file)
+    assert text.count("README.md/run cannot be used") == 1 and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "text", ["a:kill@hit=x", "a:kill@hit=0", "a:kill@rank=", ":kill", "a", "a:explode", "a:kill@x=1"]
+)
+def test_a_list_of_faults_that_means_nothing_is_refused(text):
+    with pytest.raises(InputError, match="is not NAME:ACTION"):
+        faults.parse(text)
+
+
+def test_faults_are_read(monkeypatch):
+    """Only at their point, on their rank, at their passing; an unarmed process looks at an empty list."""
+    assert faults.parse("") == [] and faults.parse(" ; ") == []
+    monkeypatch.setattr(faults, "ARMED", faults.parse("save.*:full@hit=2; load.found:full@rank=7"))
+    for name in ("load.found", "save.begin", "prune.before"):
+        faults.fault_point(name)
+    with pytest.raises(OSError, match="No space left"):
+        faults.fault_point("save.end")
+    faults.fault_point("save.end")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses
@@ -89,7 +90,9 @@ def test_a_job_whose_end_slurm_does_not_tell_says_so(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     assert stopping.job_end_s(said.append) is None
-    assert "the end of this Slurm job is not known" in said[0]
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    assert stopping.job_end_s(said.append) is None
+    assert all("the end of this Slurm job is not known" in sentence for sentence in said) and len(said) == 2
 
 
 @given(st.integers(0, 30), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
@@ -104,7 +107,7 @@ def test_slurm_s_time_left_is_read(days, hours, minutes, seconds):
 
 def test_slurm_s_other_words():
     assert stopping.time_left_s("UNLIMITED") is None
-    with pytest.raises(RuntimeError, match="INVALID"):
+    with pytest.raises(ValueError, match="INVALID"):
         stopping.time_left_s("INVALID")
 
 
@@ -138,25 +141,37 @@ print(stop.number, os.read(forked_out, 5).decode(), started.communicate("\\n")[0
 
 
 @pytest.mark.slow
-def test_a_signal_to_every_process_of_a_torchrun_saves(tiny_store, tiny_config, tmp_path):
-    """As Slurm sends it: torchrun is told to pass the signal on, and to wait for the save."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_a_torchrun_saves(number, tiny_store, tiny_config, tmp_path):
+    """As Slurm sends it to a step: to torchrun, which is told to pass it on and to wait, and to the ranks too."""
     run = tmp_path / "run"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "brainscale",
-        *map(str, common(tiny_config, tiny_store, run)), "train.num_steps=100000",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "--shutdown-timeout", "300",
+        "-m", "brainscale", *map(str, common(tiny_config, tiny_store, run)), "train.num_steps=100000",
     ]  # fmt: skip
-    told = {
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
-    }
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **told}, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 120
     while not losses(run) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGUSR1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    for pid in (*map(int, children), process.pid):
+        os.kill(pid, number)
     process.wait(120)
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     assert newest_step(run) == max(losses(run))
+
+
+def test_a_stop_between_two_lines_of_the_log_leaves_no_trace_in_them(tiny_store, tiny_config, tmp_path):
+    """Each line is the mean of its ten steps, though the run stopped and saved in the middle of them."""
+    arguments = ("train.num_steps=30", "log.every_steps=10", "checkpoint.every_steps=15")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    fault = "step.data:term@hit=13"
+    run_ranks(*common(tiny_config, tiny_store, run), *arguments, faults=fault, code=75, logs=tmp_path)
+    for folder in (run, whole):
+        run_ranks(*common(tiny_config, tiny_store, folder), *arguments, logs=tmp_path)
+    assert losses(run) == losses(whole) and list(losses(run)) == [10, 15, 20, 30]
 
 
 def until(condition, rank, timeout_s=60):
