@@ -397,7 +397,7 @@ def test_a_second_job_is_refused_and_harms_nothing(ranks, command, whole, tmp_pa
     try:
         wait_until_stopped(first)
         before = contents(run)
-        second = run_ranks(*command(run), ranks=ranks, logs=tmp_path / "second", code=2, timeout_s=15)
+        second = run_ranks(*command(run), ranks=ranks, logs=tmp_path / "second", code=2, timeout_s=5)
         said = [line for rank in second for line in rank.text.splitlines() if line.startswith("error")]
         assert len(said) == 1 and "is being written by another process" in said[0]
         assert contents(run) == before

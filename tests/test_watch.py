@@ -53,7 +53,7 @@ def test_a_stopped_rank_ends_the_other_within_the_timeout(victim, tiny_store, ti
         time.sleep(0.02)
     begin = time.monotonic()
     assert ranks[1 - victim].wait(60) == 5, ranks[1 - victim].text
-    assert time.monotonic() - begin < timeout_s + 4  # and what a busy machine adds
+    assert time.monotonic() - begin < timeout_s + 2
     assert_named(run, ranks[1 - victim], victim, "is dead or stopped", "last in step")
     ranks[victim].signal(signal.SIGKILL)
     ranks[victim].wait()
@@ -116,7 +116,7 @@ def join_late(timeout_s: float) -> None:
             begin = time.monotonic()
             with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
                 dist.all_reduce(torch.zeros(1), group=group)
-            assert time.monotonic() - begin < timeout_s + 4  # and what a busy machine adds
+            assert time.monotonic() - begin < timeout_s + 2
         Path("done").touch()
     else:
         while not Path("done").exists():
