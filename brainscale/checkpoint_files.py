@@ -78,6 +78,7 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         raise FloatingPointError(f"step {state.step}: {len(broken)} tensors are not finite ({broken[0]}, …); not saved")
     final = directory(root, state.step)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
+    complete = False
     try:
         new = not root.exists()
         temporary.mkdir(parents=True)
@@ -102,9 +103,10 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
         fault_point("save.flushed")
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        complete = True
+    finally:
+        if not complete:
+            shutil.rmtree(temporary, ignore_errors=True)
     if final.exists():  # a damaged one that was fallen back from
         remove(final)
         fault_point("save.cleared")

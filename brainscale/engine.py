@@ -1,6 +1,6 @@
 """DeepSpeed, and nothing else. One pure function computes its settings from ours; nobody writes a DeepSpeed file.
 
-Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us, each held by a test:
+Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us:
 - bf16 at stage 0 is another optimizer: it takes a step on zero gradients when it is made, so AdamW counts one too many
   (runtime/fp16/unfused_optimizer.py). Settings refuse it; stage 1 on one rank is the same thing done right.
 - bf16 at stage 1 with a separate fp32 accumulator silently becomes BF16_Optimizer, which drops `overlap_comm`, so

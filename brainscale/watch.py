@@ -162,12 +162,12 @@ class Watch:
         sure = 0
         while not self.closed.wait(BEAT_S):
             self._exchange()
-            limit_s = SHARE * self.timeout_s
+            limit_s = SHARE * self.timeout_s - SURE_BEATS * BEAT_S
             late = any(peer.silent_s >= limit_s for peer in self.peers.values())
             sure = sure + 1 if late else 0
             if sure >= SURE_BEATS and (found := self._culprits(limit_s)):
                 self._end(found)
-            if time.monotonic() - self.since > limit_s and not late:
+            if time.monotonic() - self.since > SHARE * self.timeout_s and not late:
                 self._end(self._culprits(max(SILENT_S, limit_s / 2)) or self._hung())
 
     def _hung(self) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 from conftest import refusal
@@ -70,8 +72,10 @@ def test_prune_keeps_the_newest_intact_ones(run, tmp_path):
 def test_prune_is_refused_while_the_run_goes_on(tiny_store, tiny_config, run, tmp_path):
     common = ("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=30")
     (rank,) = start_ranks(*common, faults="load.found:stop", logs=tmp_path / "logs")
-    while rank.process.is_alive() and "T (stopped)" not in (status := open(f"/proc/{rank.pid}/status").read()):
-        assert status
+    deadline = time.monotonic() + 60
+    while "T (stopped)" not in Path(f"/proc/{rank.pid}/status").read_text():
+        assert rank.process.is_alive() and time.monotonic() < deadline, rank.text
+        time.sleep(0.01)
     assert "is being written by another process" in refusal(2, "checkpoint", "prune", run)
     rank.process.kill()
     rank.process.join()

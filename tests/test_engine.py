@@ -112,12 +112,21 @@ OPTIMIZER = {
 }
 
 
+OPERATIONS = {
+    0: {"allreduce_"},
+    1: {"reduce_", "_allgather_base_"},
+    2: {"reduce_", "_allgather_base_"},
+    3: {"_reduce_scatter_base_", "_allgather_base_"},
+}
+"""Collectives that carry gradients and weights (flags and norms are a few bytes)."""
+
+
 class Counted(TorchDispatchMode):
     """Bytes that a rank of a ring sends: n·(W−1)/W to reduce or gather n bytes, twice that to do both."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__()
-        self.share, self.sent = (world_size - 1) / world_size, Counter[str]()
+        self.share, self.sent, self.operations = (world_size - 1) / world_size, Counter[str](), Counter[str]()
         self.factor = {"allreduce_": 2.0, "reduce_": 1.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": world_size}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,6 +135,7 @@ class Counted(TorchDispatchMode):
             size = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
             kind = "weights" if name == "_allgather_base_" else "gradients"
             self.sent[kind] += self.factor[name] * size * self.share
+            self.operations[name] += size
         return function(*args, **(kwargs or {}))
 
 
@@ -163,6 +173,8 @@ def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
     assert counted.sent.keys() <= {kind for kind, size in wanted.items() if size}
     for kind, size in wanted.items():
         assert counted.sent[kind] == pytest.approx(size, rel=0.02), kind
+    all_of_them = sum(counted.operations.values())
+    assert {name for name, size in counted.operations.items() if size > 0.01 * all_of_them} == OPERATIONS[stage]
     watch.close()
     distributed.wait(world)
 

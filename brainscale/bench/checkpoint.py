@@ -33,7 +33,7 @@ import torch
 import brainscale.distributed as distributed  # first: it tells DeepSpeed about the device
 from brainscale import checkpoint, metrics, run_folder, train
 from brainscale import checkpoint_files as files
-from brainscale.bench.record import _lines, measure
+from brainscale.bench.record import measure, sample_lines
 from brainscale.bench.week import week_lines
 from brainscale.checkpoint_files import Tensors
 from brainscale.config import Checkpoint, Config, Plan, load, to_toml
@@ -197,7 +197,7 @@ def save_lines(
         (f"step after a save: {size}", step_s, NO_SAVE),
         (f"stall, loop held and steps after it slower: {size}", stall, DEEPSPEED),
     ):
-        found += _lines("checkpoint", case, "s", samples, reference)
+        found += sample_lines("checkpoint", case, "s", samples, reference)
     return found
 
 
@@ -212,7 +212,7 @@ def start_lines(config: Config, scratch: Path, n: int) -> list[dict[str, Any]]:
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
         samples[IMPORTS].append(time.perf_counter() - begin)
-    return _lines("checkpoint", "start of a process until its first metrics line, resumed", "s", samples, IMPORTS)
+    return sample_lines("checkpoint", "start of a process until its first metrics line, resumed", "s", samples, IMPORTS)
 
 
 def start_s(config: Path, run_dir: Path, log: Path) -> float:

@@ -54,7 +54,7 @@ def measure(
             variants[name](turn + warmup)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    lines = _lines(bench, case, "s", seconds, reference)
+    lines = sample_lines(bench, case, "s", seconds, reference)
     for line in lines:
         own = seconds[line["variant"]]
         if megabytes is not None:
@@ -65,13 +65,15 @@ def measure(
 
 def compare_sizes(bench: str, case: str, sizes: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
     """Lines over bytes per volume, an entry per volume; here a ratio below 1 means smaller than `reference`."""
-    lines = _lines(bench, case, "B", sizes, reference)
+    lines = sample_lines(bench, case, "B", sizes, reference)
     for line in lines:
         line["bytes_per_volume"] = statistics.fmean(sizes[line["variant"]])
     return lines
 
 
-def _lines(bench: str, case: str, unit: str, samples: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
+def sample_lines(
+    bench: str, case: str, unit: str, samples: dict[str, list[float]], reference: str
+) -> list[dict[str, Any]]:
     around, lines = surroundings(), []
     for name, own in samples.items():
         ratios = [a / b if unit == "s" else b / a for a, b in zip(samples[reference], own)]

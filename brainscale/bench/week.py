@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from brainscale.bench.record import _lines
+from brainscale.bench.record import sample_lines
 from brainscale.config import Checkpoint
 
 DAY_S, WEEK_S, INTERVAL_S = 86_400.0, 604_800.0, 22 * 60.0
@@ -32,7 +32,7 @@ def week_lines(step_s: float, stall_s: float, write_s: float, start_s: float) ->
         ]
     case = "simulated wall time of a week of training that counts, queues left out"
     best = {"√(2 · stall · day)": [math.sqrt(2 * stall_s * DAY_S)]}
-    return _lines("checkpoint", case, "s", samples, "undisturbed") + _lines(
+    return sample_lines("checkpoint", case, "s", samples, "undisturbed") + sample_lines(
         "checkpoint", "best interval between saves by Young and Daly, a kill a day", "s", best, next(iter(best))
     )
 
