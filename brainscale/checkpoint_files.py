@@ -25,8 +25,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from brainscale.config import InputError
 from brainscale.faults import fault_point
+from brainscale.settings import InputError
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST, LATEST = (
     "weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json", "latest",

@@ -13,7 +13,8 @@ from cyclopts import App, Parameter
 
 from brainscale import __version__, cli_data, cli_runs
 from brainscale.cli_bench import bench
-from brainscale.config import Config, InputError, load, to_toml
+from brainscale.config import Config
+from brainscale.settings import InputError, load, to_toml
 
 EXIT_CODES = """Exit codes: 0 done, or already done. 1 internal error. 2 bad input or settings. 3 more scans refused
 than allowed. 4 a check found damage. 5 training stopped itself. 75 stopped early and resumable."""

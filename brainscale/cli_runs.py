@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from brainscale.config import Config, InputError, load
+from brainscale.config import Config
+from brainscale.settings import InputError, load
 
 if TYPE_CHECKING:
     from brainscale.checkpoint_files import TrainState

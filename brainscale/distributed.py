@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 """DeepSpeed reads this when it is imported, and warns of a CPU otherwise."""

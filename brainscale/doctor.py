@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale.store import Store, damage
 from brainscale.store_files import COMPLETE, PLAN
 

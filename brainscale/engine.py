@@ -42,10 +42,11 @@ from deepspeed.utils import (
 from torch import nn
 from torch.nn import functional as F
 
-from brainscale.config import Config, InputError
+from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.layers import Trunk
 from brainscale.optim import make_optimizer
+from brainscale.settings import InputError
 
 warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", FutureWarning)
 

@@ -12,7 +12,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 ACTIONS = (*SIGNALS, "full", "hang")

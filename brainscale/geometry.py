@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

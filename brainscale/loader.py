@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.config import Config, InputError
+from brainscale.config import Config
 from brainscale.geometry import Zyx, token_grid
 from brainscale.sampling import Draw, draw
+from brainscale.settings import InputError
 from brainscale.store import Store
 
 PREFETCH_BATCHES = 2

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.config import InputError, Mask
+from brainscale.config import Mask
 from brainscale.sampling import MASK, words
+from brainscale.settings import InputError
 
 
 @dataclass(frozen=True)

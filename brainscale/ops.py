@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from brainscale.config import InputError
 from brainscale.geometry import Zyx
+from brainscale.settings import InputError
 from brainscale_kernels.patch_gather import patch_gather_reference
 
 

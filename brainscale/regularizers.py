@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from brainscale.config import InputError, Spectral
+from brainscale.config import Spectral
 from brainscale.geometry import Zyx
 from brainscale.schedules import linear_ramp
+from brainscale.settings import InputError
 
 STD_OFFSET = 1e-6
 """Added to a volume's standard deviation in its z-score (the paper's constant)."""

@@ -15,11 +15,12 @@ import torch
 from brainscale import checkpoint_files as files
 from brainscale import engine as deep
 from brainscale import health, metrics, session
-from brainscale.config import Config, InputError, load
+from brainscale.config import Config
 from brainscale.distributed import World, broadcast, gather
 from brainscale.masking import draw_masks
 from brainscale.regularizers import spectral_weight
 from brainscale.schedules import learning_rate
+from brainscale.settings import InputError, load
 from brainscale.train import compute
 from brainscale.watch import Watch
 

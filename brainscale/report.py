@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from brainscale.config import Config, InputError, load
+from brainscale.config import Config
 from brainscale.figures import (
     DIFFERENCE_STD,
     ERRORS,
@@ -27,6 +27,7 @@ from brainscale.figures import (
     speed_charts,
 )
 from brainscale.provenance import write_text
+from brainscale.settings import InputError, load
 
 MAX_EVALUATIONS = 6
 

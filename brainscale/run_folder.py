@@ -21,10 +21,11 @@ import xxhash
 
 from brainscale import provenance
 from brainscale.checkpoint_files import TrainState
-from brainscale.config import MAY_CHANGE_ON_RESUME, Config, InputError, changed_keys, to_toml
+from brainscale.config import MAY_CHANGE_ON_RESUME, Config
 from brainscale.distributed import World, broadcast
 from brainscale.provenance import write_text
 from brainscale.sampling import held_out
+from brainscale.settings import InputError, changed_keys, to_toml
 from brainscale.store import Store, open_store
 
 STARTED_S = time.time()

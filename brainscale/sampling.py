@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from brainscale.config import InputError
 from brainscale.geometry import Zyx
+from brainscale.settings import InputError
 
 ORDER, AUGMENT, MASK = 0, 1, 2
 """Streams: independent random words for the same (seed, index)."""

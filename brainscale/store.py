@@ -24,8 +24,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from brainscale import store_files
-from brainscale.config import InputError, Plan, changed_keys
+from brainscale.config import Plan
 from brainscale.geometry import Zyx
+from brainscale.settings import InputError, changed_keys
 from brainscale.store_files import COMPLETE, PLAN, REFUSED, SCANS, StoreDamage
 
 ARRAYS = ("volumes", "foreground")

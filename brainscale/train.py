@@ -9,7 +9,7 @@ from pathlib import Path
 from brainscale import checkpoint, distributed, health, metrics, run_folder, stopping
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
-from brainscale.config import Checkpoint, Config, InputError
+from brainscale.config import Checkpoint, Config
 from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
 from brainscale.health import MicroBatch
@@ -19,6 +19,7 @@ from brainscale.masking import draw_masks, masked_count
 from brainscale.regularizers import spectral_weight
 from brainscale.schedules import due, learning_rate
 from brainscale.session import Session, prepare
+from brainscale.settings import InputError
 from brainscale.watch import Watch
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

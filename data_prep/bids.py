@@ -10,7 +10,7 @@ from pathlib import Path
 from bids2table import parse_bids_entities  # type: ignore[import-untyped]
 from bidsschematools.schema import load_schema
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale_data_prep import tables
 from brainscale_data_prep.tree import Folder, Search
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from bids2table import parse_bids_entities  # type: ignore[import-untyped]
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale_data_prep import bids, tables, tree
 from brainscale_data_prep.bids import BIDS_SUFFIXES
 from brainscale_data_prep.tables import PARTICIPANT_COLUMNS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale.store import open_store
 from brainscale_data_prep import nifti
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 MUTEX, OWNERS = ".lock", ".owners"
 MUTEX_TIMEOUT_S = 3600.0

@@ -26,8 +26,8 @@ from scipy.ndimage import gaussian_filter1d, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from brainscale import __version__
-from brainscale.config import InputError
 from brainscale.geometry import mm_to_voxel, spacing_mm, voxel_to_mm
+from brainscale.settings import InputError
 from brainscale_data_prep import anatomy, nifti
 from brainscale_data_prep.anatomy import CONTRASTS, Subject, Template
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale_data_prep.discover import ScanFile
 
 KEY_BYTES = 32

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 PARTICIPANT_COLUMNS = ("age", "sex", "gender", "group", "site", "scanner")
 PARTICIPANT_PREFIX = "label_"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale.store import Store, damage
 from brainscale.store_files import StoreDamage, read_complete
 from brainscale_data_prep import discover, pool, pseudonyms

@@ -14,7 +14,7 @@ from test_bench import KEYS
 
 from brainscale.bench import checkpoint
 from brainscale.bench.week import DAY_S, SEEDS, WEEK_S, daily_moments_s, training_share, week_lines
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 SECONDS = st.floats(0.01, 4000, allow_nan=False)
 STOPS = st.lists(st.floats(0, WEEK_S, exclude_max=True), max_size=14)

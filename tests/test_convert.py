@@ -14,7 +14,8 @@ import pytest
 from conftest import FULL, ROOT
 
 from brainscale import store as stores
-from brainscale.config import InputError, Plan, load
+from brainscale.config import Plan
+from brainscale.settings import InputError, load
 from brainscale_data_prep import discover, nifti
 from brainscale_data_prep.convert import Summary, TooManyRefused, _check_refused, convert, report_line
 from brainscale_data_prep.ownership import owner

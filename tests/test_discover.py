@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale_data_prep import discover, nifti
 
 

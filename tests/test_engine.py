@@ -13,8 +13,9 @@ from processes import finish, start_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from brainscale.config import Config, InputError, load
+from brainscale.config import Config
 from brainscale.engine import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config, vector_elements
+from brainscale.settings import InputError, load
 
 REDUCED = {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
 OWNED = {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainscale.config import InputError
 from brainscale.geometry import (
     mm_to_voxel,
     patchify,
@@ -17,6 +16,7 @@ from brainscale.geometry import (
     voxel_to_mm,
 )
 from brainscale.schedules import due, learning_rate, linear_ramp
+from brainscale.settings import InputError
 
 SMALL = st.tuples(*[st.integers(1, 4)] * 3)
 

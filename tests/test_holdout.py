@@ -8,12 +8,13 @@ import torch
 from conftest import TINY_CONFIG, write_tiny_store
 
 from brainscale import run_folder, store
-from brainscale.config import Config, load
+from brainscale.config import Config
 from brainscale.geometry import patchify
 from brainscale.holdout import Holdout, radial_power
 from brainscale.layers import initialise
 from brainscale.loader import Reader
 from brainscale.mae import Mae
+from brainscale.settings import load
 
 CPU = torch.device("cpu")
 

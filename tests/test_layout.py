@@ -13,7 +13,8 @@ PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", 
 ORDER = [
     "brainscale_kernels.patch_gather",
     *(f"brainscale.{name}" for name in (
-        "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance", "store_files", "store",
+        "settings", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
+        "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",

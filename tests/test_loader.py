@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from brainscale.config import Config, InputError, load
+from brainscale.config import Config
 from brainscale.geometry import patchify
 from brainscale.loader import Loader, Reader
 from brainscale.sampling import Draw
+from brainscale.settings import InputError, load
 from brainscale.store import open_store
 
 SETTINGS = ("model.patch_voxels_zyx=[8,8,8]", "train.global_batch_volumes=4", "train.micro_batch_volumes=4")

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from brainscale.config import Config, Mask, load
+from brainscale.config import Config, Mask
 from brainscale.geometry import patchify
 from brainscale.holdout import neighbour_mean
 from brainscale.layers import initialise, rope_angles, rotate, sincos_positions
 from brainscale.loader import Batch
 from brainscale.mae import Mae, assemble, mae_flops, patch_statistics
 from brainscale.masking import Masks, draw_masks
+from brainscale.settings import load
 
 VOLUME, GRID, PATCH = (16, 24, 8), (4, 3, 2), (4, 8, 4)
 TINY = (

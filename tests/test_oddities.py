@@ -9,7 +9,8 @@ import pytest
 from conftest import FULL, ROOT
 
 from brainscale import store as stores
-from brainscale.config import Plan, load
+from brainscale.config import Plan
+from brainscale.settings import load
 from brainscale_data_prep import foreground, nifti
 from brainscale_data_prep.convert import convert
 from brainscale_data_prep.foreground import label_like

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import InputError
 from brainscale.geometry import patchify
 from brainscale.ops import choose, patch_gather
+from brainscale.settings import InputError
 from brainscale_kernels.patch_gather import TOKEN_DTYPES, VOLUME_DTYPES
 
 PER_VOLUME = ("scale", "offset", "low", "high")

@@ -12,8 +12,8 @@ from bids2table import index_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import InputError
 from brainscale.geometry import spacing_mm, voxel_to_mm
+from brainscale.settings import InputError
 from brainscale_data_prep import anatomy, nifti, phantom
 from brainscale_data_prep.anatomy import Subject, Template
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import InputError, Spectral
+from brainscale.config import Spectral
 from brainscale.geometry import patchify
 from brainscale.regularizers import (
     hermitian_weights,
@@ -18,6 +18,7 @@ from brainscale.regularizers import (
     spectral_volume_loss,
     spectral_weight,
 )
+from brainscale.settings import InputError
 
 MODES = ("logmag", "magnitude", "complex")
 SHAPES = ((16, 18, 20), (9, 11, 13), (8, 9, 10), (20, 20, 20), (7, 1, 2))

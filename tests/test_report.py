@@ -18,7 +18,8 @@ from hypothesis.extra import numpy as hnp
 from matplotlib.image import imread
 
 from brainscale import figures, report
-from brainscale.config import Config, InputError, to_toml
+from brainscale.config import Config
+from brainscale.settings import InputError, to_toml
 
 STEPS, EVALUATED = 60, (20, 40, 60)
 MEANS = {"own": 0.24, "neighbours": 0.32, "average": 0.20, "swapped": 0.30}

@@ -13,7 +13,7 @@ from conftest import ROOT, losses, refusal, run_brainscale
 from processes import run_ranks
 
 from brainscale import faults, metrics
-from brainscale.config import InputError
+from brainscale.settings import InputError
 
 
 def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_store, tiny_config, tmp_path):

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainscale.config import InputError, Mask
+from brainscale.config import Mask
 from brainscale.masking import draw_masks, masked_count
 from brainscale.sampling import draw, epoch_order, held_out, words
+from brainscale.settings import InputError
 
 SIZES = st.integers(1, 200)
 

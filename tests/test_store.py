@@ -25,7 +25,8 @@ from ome_zarr_models.v05.image import Image
 from xxhash import xxh3_128_hexdigest
 
 from brainscale import store, store_files
-from brainscale.config import InputError, Plan
+from brainscale.config import Plan
+from brainscale.settings import InputError
 from brainscale.store import StoreDamage
 
 GRID_ZYX = (8, 12, 10)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from brainscale.config import InputError
+from brainscale.settings import InputError
 from brainscale_data_prep import discover
 
 

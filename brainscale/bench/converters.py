@@ -16,8 +16,9 @@ import zarr
 from scipy import ndimage
 
 from brainscale import store as stores
-from brainscale.config import InputError, Plan
+from brainscale.config import Plan
 from brainscale.geometry import spacing_mm, voxel_to_mm
+from brainscale.settings import InputError
 from brainscale_data_prep.discover import ScanFile
 from brainscale_data_prep.preprocess import canonical
 from brainscale_data_prep.shards import Task, convert_shard

@@ -26,8 +26,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from brainscale import store as stores
 from brainscale.bench.record import measure, on_one_core, skipped
-from brainscale.config import InputError, Plan
+from brainscale.config import Plan
 from brainscale.geometry import Zyx
+from brainscale.settings import InputError
 from brainscale.store import Store, open_store
 from brainscale_data_prep.convert import convert
 from brainscale_data_prep.phantom import make
