@@ -28,7 +28,7 @@ STORE_S = 2.0
 """How long the store may take to answer before it is asked anew on another connection."""
 SILENT_S = 3.0
 """A rank not heard of for this long is taken for dead once something else has failed."""
-SHARE = 0.9
+SHARE = 0.8
 """Of the timeout: the watch ends first, while the stacks still show who waits for whom."""
 SURE_BEATS = 3
 """Beats in a row at which a rank must be found silent: after a job was suspended as a whole, all are for a moment."""
@@ -77,7 +77,8 @@ class Watch:
         self.port = broadcast(self.store.port if self.store else 0, world)
         self._exchange(ask=False)
         wait(world)
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        for loop in (self._listen, self._look):  # apart, since a store that does not answer holds up whoever asks it
+            threading.Thread(target=loop, name=f"watch{loop.__name__}", daemon=True).start()
 
     def at(self, step: int, phase: str) -> None:
         """Note where this rank is."""
@@ -158,10 +159,13 @@ class Watch:
                 raise
             self.store = None
 
-    def _run(self) -> None:
-        sure = 0
+    def _listen(self) -> None:
         while not self.closed.wait(BEAT_S):
             self._exchange()
+
+    def _look(self) -> None:
+        sure = 0
+        while not self.closed.wait(BEAT_S):
             limit_s = SHARE * self.timeout_s - SURE_BEATS * BEAT_S
             late = any(peer.silent_s >= limit_s for peer in self.peers.values())
             sure = sure + 1 if late else 0
