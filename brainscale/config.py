@@ -258,8 +258,8 @@ class Config(Model):
 
     objective: Literal["mae"] = "mae"
     seed: int = Field(default=0, ge=0, lt=2**32)
-    kernels: Literal["auto", "reference"] = "auto"
-    """Which implementation of the patch gather runs."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Which implementation of gathers and losses runs: Triton, plain PyTorch, or (auto) Triton where there is a GPU."""
     data: Data = Data()
     model: ModelSettings = ModelSettings()
     mask: Mask = Mask()

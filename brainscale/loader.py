@@ -19,6 +19,7 @@ from brainscale.geometry import Zyx, token_grid
 from brainscale.sampling import Draw, draw
 from brainscale.settings import InputError
 from brainscale.store import Store
+from brainscale_kernels.patch_gather import Stored
 
 PREFETCH_BATCHES = 2
 
@@ -40,6 +41,11 @@ class Batch:
     """(B,) rows of the store."""
     sample_index: np.ndarray
     """(B,) global sample indices."""
+
+    @property
+    def stored(self) -> Stored:
+        """What the kernels read."""
+        return Stored(self.volumes, self.scale, self.offset, self.low, self.high)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on another device."""

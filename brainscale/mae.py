@@ -85,10 +85,8 @@ class Mae(nn.Module):
 
     def gather(self, batch: Batch, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Clipped, z-scored patches (B,K,P) at the ids, in the model's dtype unless another is given."""
-        return patch_gather(
-            batch.volumes, ids, self.config.model.patch_voxels_zyx, batch.scale, batch.offset, batch.low, batch.high,
-            dtype or self.dtype, self.config.kernels,
-        )  # fmt: skip
+        patch, dtype = self.config.model.patch_voxels_zyx, dtype or self.dtype
+        return patch_gather(batch.stored, ids, patch, dtype, self.config.kernels)
 
     def predict(self, visible_BKP: Tensor, masks: Masks) -> Tensor:
         """Predicted masked patches (B,Km,P) float32 from visible ones (B,Kv,P): in z-score units, or in units of each

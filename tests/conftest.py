@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read whe
 
 import numpy as np
 import pytest
+import interpreter  # noqa: F401  (before the kernels are imported)
 from processes import run_ranks
 
 from brainscale import metrics, store

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", "slurm": "brainscale_slurm"}
 ORDER = [
-    "brainscale_kernels.patch_gather",
+    *(f"brainscale_kernels.{name}" for name in ("launch", "patch_gather")),
     *(f"brainscale.{name}" for name in (
         "settings", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
         "store_files", "store",

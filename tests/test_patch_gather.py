@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from brainscale.geometry import patchify
 from brainscale.ops import choose, patch_gather
 from brainscale.settings import InputError
-from brainscale_kernels.patch_gather import TOKEN_DTYPES, VOLUME_DTYPES
+from brainscale_kernels.patch_gather import TOKEN_DTYPES, VOLUME_DTYPES, Stored
 
 PER_VOLUME = ("scale", "offset", "low", "high")
 
@@ -33,7 +33,8 @@ def arguments(**changes):
         "dtype": torch.float32,
         "kernels": "auto",
     }
-    return given | changes
+    given |= changes
+    return {"stored": Stored(*(given.pop(name) for name in Stored._fields)), **given}
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,7 +54,7 @@ def test_equals_normalising_everything_first(stored, dtype, grid, patch, batch, 
     ids = torch.randint(grid[0] * grid[1] * grid[2], (batch, count), generator=draw)  # unsorted, repeated
     scale, offset, low = (torch.randn(batch, generator=draw) * s for s in (0.01, 1.0, 2.0))
     high = low + torch.rand(batch, generator=draw) * 4
-    tokens = patch_gather(volume, ids, patch, scale, offset, low, high, dtype, "auto")
+    tokens = patch_gather(Stored(volume, scale, offset, low, high), ids, patch, dtype, "reference")
 
     def each(v):
         return v[:, None, None, None, None]
@@ -68,7 +69,7 @@ def test_equals_normalising_everything_first(stored, dtype, grid, patch, batch, 
 def test_voxels_run_x_fastest_and_each_volume_has_its_own_scale():
     volume = torch.arange(2 * 4 * 4 * 4, dtype=torch.int16).reshape(2, 1, 4, 4, 4)
     parameters = [torch.tensor(v) for v in ([1.0, 10.0], [0.0, 1.0], [-1e9, -1e9], [1e9, 1e9])]
-    tokens = patch_gather(volume, torch.tensor([[1], [4]]), (2, 2, 2), *parameters, torch.float32, "reference")
+    tokens = patch_gather(Stored(volume, *parameters), torch.tensor([[1], [4]]), (2, 2, 2), torch.float32, "reference")
     assert tokens[0, 0].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
     assert tokens[1, 0].tolist() == [10 * v + 1 for v in (96, 97, 100, 101, 112, 113, 116, 117)]
 
@@ -78,7 +79,7 @@ def test_only_the_selected_patches_are_converted():
     volume = torch.full((1, 1, 1, 1, 1), 7, dtype=torch.int16).expand(1, 1, 1024, 1024, 1024)
     one = torch.ones(1)
     ids = torch.tensor([[0, 64**3 - 1]])
-    tokens = patch_gather(volume, ids, (16, 16, 16), one, one, 0 * one, 99 * one, torch.bfloat16, "auto")
+    tokens = patch_gather(Stored(volume, one, one, 0 * one, 99 * one), ids, (16, 16, 16), torch.bfloat16, "reference")
     assert tokens.shape == (1, 2, 4096) and (tokens == 8).all()
 
 
@@ -112,8 +113,9 @@ def test_ids_outside_the_grid_are_refused(outside):
 
 def test_the_choice_of_kernels_is_said_and_checked():
     for kernels in ("auto", "reference"):
-        assert "reference" in choose(kernels, torch.device("cpu"))
+        assert choose(kernels, torch.device("cpu")) == "reference"
+    assert choose("auto", torch.device("cuda")) == choose("triton", torch.device("cuda")) == "triton"
     with pytest.raises(InputError, match='kernels = "cuda" is not known'):
         choose("cuda", torch.device("cpu"))
-    with pytest.raises(InputError, match='"auto" or "reference"'):
+    with pytest.raises(InputError, match='"triton" or "reference"'):
         patch_gather(**arguments(kernels="cuda"))
