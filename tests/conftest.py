@@ -10,9 +10,9 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read when numpy and torch are imported
 
+import interpreter  # noqa: F401  (before the kernels are imported)
 import numpy as np
 import pytest
-import interpreter  # noqa: F401  (before the kernels are imported)
 from processes import run_ranks
 
 from brainscale import metrics, store
