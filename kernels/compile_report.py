@@ -10,6 +10,7 @@ machine code (SASS), each once however often it is executed. tests/test_compile_
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,6 +30,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from brainscale_kernels.launch import Launch, launch, recording
 from brainscale_kernels.patch_gather import Stored, patch_gather, patch_gather_with_statistics
+from brainscale_kernels.pixel_loss import pixel_loss
+from brainscale_kernels.spectral_volume import spectral_volume
+from brainscale_kernels.spectrum import Form
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_BYTES_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
@@ -63,6 +67,20 @@ def _gather(
     function(_stored(volume_zyx, stored), _ids(), patch_zyx, tokens)
 
 
+def _predictions(patch_zyx: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty((BATCH, COUNT, math.prod(patch_zyx)), dtype=dtype, requires_grad=True)
+
+
+def _pixel(patch_zyx: Sequence[int], kind: str, normalize: bool, prediction: torch.dtype = torch.bfloat16) -> None:
+    stored = _stored(FULL, torch.int16)
+    pixel_loss(stored, _ids(), _predictions(patch_zyx, prediction), patch_zyx, kind, normalize)
+
+
+def _volume(patch_zyx: Sequence[int], mode: str, volume_zyx: Sequence[int] = FULL) -> None:
+    stored = _stored(volume_zyx, torch.int16)
+    spectral_volume(stored, _ids(), _predictions(patch_zyx, torch.bfloat16), patch_zyx, Form(mode))
+
+
 VARIANTS: dict[str, Callable[[], object]] = {
     "gather 16³ int16 → bf16": partial(_gather, (16, 16, 16)),
     "gather 16³ int16 → f32, statistics": partial(_gather, (16, 16, 16), tokens=torch.float32, statistics=True),
@@ -74,6 +92,12 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "gather 8³ int16 → bf16, rows of 72": partial(_gather, (8, 8, 8), ODD),
     "gather 12³ int16 → bf16": partial(_gather, (12, 12, 12), (144, 192, 144)),
     "gather 4×16×16 int16 → bf16": partial(_gather, (4, 16, 16)),
+    "pixel 16³ mse of bf16, normalised": partial(_pixel, (16, 16, 16), "mse", True),
+    "pixel 8³ mse of bf16, normalised": partial(_pixel, (8, 8, 8), "mse", True),
+    "pixel 8³ l1 of f32": partial(_pixel, (8, 8, 8), "l1", False, torch.float32),
+    "volume 16³ logmag": partial(_volume, (16, 16, 16), "logmag"),
+    "volume 8³ logmag, 2 mm": partial(_volume, (8, 8, 8), "logmag", COARSE),
+    "volume 8³ complex, rows of 72": partial(_volume, (8, 8, 8), "complex", ODD),
 }
 """Name → a call that launches. A new variant is a line here and a line in tests/compile_report_sm_90.jsonl."""
 

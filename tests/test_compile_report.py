@@ -44,10 +44,23 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return report(tmp_path_factory.mktemp("sm_90"), "sm_90")
 
 
-def tile_bytes(row: Row, *tensors: str) -> int:
-    """Bytes of a tile of each of these tensors, as a kernel that works on whole patches moves them."""
-    voxels = row["constants"]["PATCHES"] * row["constants"]["ELEMENTS"]
-    return sum(voxels * BYTES[row["types"][tensor].removeprefix("*")] for tensor in tensors)
+WIDE = {
+    "_gather_kernel": (["volume"], ["tokens"]),
+    "_pixel_kernel": (["volume", "prediction"], ["gradient"]),
+    "_moments_kernel": (["volume", "prediction"], []),
+    "_assemble_kernel": (["volume", "prediction"], ["scored", "scored"]),
+    "_gradient_kernel": (["inverse", "prediction"], ["gradient"]),
+}
+"""Kernels that work on whole patches: the tensors of which they read a tile, and of which they write one."""
+
+
+def tile_bytes(row: Row, tensors: list[str]) -> int:
+    """Bytes of a tile of each of these tensors."""
+    return sum(row["constants"]["PATCHES"] * row["constants"]["ELEMENTS"] * voxel_bytes(row, name) for name in tensors)
+
+
+def voxel_bytes(row: Row, tensor: str) -> int:
+    return BYTES[row["types"][tensor].removeprefix("*")]
 
 
 def wide_bytes(row: Row, key: str) -> int:
@@ -55,10 +68,10 @@ def wide_bytes(row: Row, key: str) -> int:
     return row[key].get("128", 0) * 16 * 32 * row["num_warps"]
 
 
-def rows_are_wide(row: Row) -> bool:
-    """Whether the rows of a patch are whole 16 bytes of the volume, at 16 bytes."""
-    size = BYTES[row["types"]["volume"].removeprefix("*")]
-    return row["constants"]["PX"] * size % 16 == 0 and row["constants"]["UNIT"] * size % 16 == 0
+def could_be_wide(row: Row) -> bool:
+    """Whether the rows of a patch start at, and are, multiples of 16 bytes."""
+    rows = (row["constants"]["PX"], row["constants"].get("UNIT", 16))
+    return all(voxels * voxel_bytes(row, name) % 16 == 0 for voxels in rows for name in WIDE[row["kernel"]][0])
 
 
 # ------------------------------------------------------------------------------------------- promises
@@ -74,13 +87,14 @@ def test_registers_and_shared_memory_leave_two_blocks_per_sm(rows):
     assert not alone
 
 
-def test_patch_gather_reads_and_writes_16_bytes_at_a_time(rows):
-    gathers = [r for r in rows if r["kernel"] == "_gather_kernel" and rows_are_wide(r)]
-    patches = {tuple(r["constants"][axis] for axis in ("PZ", "PY", "PX")) for r in gathers}
-    assert {(16, 16, 16), (8, 8, 8)} <= patches
-    for row in gathers:
-        assert wide_bytes(row, "load_bits") == tile_bytes(row, "volume"), row
-        assert wide_bytes(row, "store_bits") == tile_bytes(row, "tokens"), row
+@pytest.mark.parametrize("kernel", WIDE)
+def test_patches_are_read_and_written_16_bytes_at_a_time(kernel, rows):
+    read, written = WIDE[kernel]
+    wide = [row for row in rows if row["kernel"] == kernel and could_be_wide(row)]
+    assert {(16, 16, 16), (8, 8, 8)} <= {tuple(row["constants"][axis] for axis in ("PZ", "PY", "PX")) for row in wide}
+    for row in wide:
+        assert wide_bytes(row, "load_bits") == tile_bytes(row, read), row
+        assert wide_bytes(row, "store_bits") == tile_bytes(row, written), row
 
 
 # --------------------------------------------------------------------------------------- kept figures
