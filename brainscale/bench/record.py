@@ -5,6 +5,7 @@ finds what another left in the caches; a line holds median and 20th and 80th per
 the ratios taken pair by pair.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 from brainscale import provenance
 from brainscale_data_prep.pool import ENVIRONMENT
 
-PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai")
+PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai", "triton")
 """Packages whose versions stand in a line where they are installed, beside those of `provenance`."""
 
 
@@ -74,19 +76,24 @@ def compare_sizes(bench: str, case: str, sizes: dict[str, list[float]], referenc
 def sample_lines(
     bench: str, case: str, unit: str, samples: dict[str, list[float]], reference: str
 ) -> list[dict[str, Any]]:
+    """A line per variant: median, spread, and ratio to `reference`."""
     around, lines = surroundings(), []
     for name, own in samples.items():
-        ratios = [a / b if unit == "s" else b / a for a, b in zip(samples[reference], own)]
         p20, p80 = np.percentile(own, (20, 80))
         lines.append(
             {
                 "bench": bench, "case": case, "variant": name, "unit": unit, "median": statistics.median(own),
                 "p20": float(p20), "p80": float(p80), "n": len(own), "ratio_to": reference,
-                "ratio": statistics.median(ratios), "mb_per_s": None, "bytes_per_volume": None, "skipped": None,
-                **around,
+                "ratio": paired_ratio(unit, own, samples[reference]), "mb_per_s": None, "bytes_per_volume": None,
+                "skipped": None, **around,
             }
         )  # fmt: skip
     return lines
+
+
+def paired_ratio(unit: str, own: list[float], other: list[float]) -> float:
+    """Median over pairs of how many times faster (s) than the other, or how many times its size (B), a variant is."""
+    return statistics.median(b / a if unit == "s" else a / b for a, b in zip(own, other))
 
 
 def skipped(bench: str, case: str, variant: str, reason: str) -> dict[str, Any]:
@@ -103,11 +110,33 @@ def surroundings() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), "gpu": None, "driver": None},
+        "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), **_gpu()},
         "versions": versions,
         "commit": provenance.commit(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _gpu() -> dict[str, str | None]:
+    """Name and driver of the GPU that is measured; null without one, and where torch, so any GPU, is not in use."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {"gpu": None, "driver": None}
+    return {"gpu": torch.cuda.get_device_name(), "driver": _driver()}
+
+
+@lru_cache(maxsize=1)
+def _driver() -> str | None:
+    """Release of NVIDIA's driver; null where nvidia-ml-py (the extra "gpu") or its library is not there."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return None
 
 
 def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -115,12 +144,18 @@ def on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
 
     The process is bound to the core before it imports anything, so every library finds one core and sizes its pools so.
     """
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    core = {max(os.sched_getaffinity(0))}
+    return in_fresh_process(ENVIRONMENT, {max(os.sched_getaffinity(0))}, function, *arguments)
+
+
+def in_fresh_process(
+    environment: dict[str, str], cores: set[int], function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Call a module's function in a new process that has more variables in its environment and these cores."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, core)) as process:
+        with ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, cores)) as process:
             return process.submit(function, *arguments).result()
     finally:
         for name, value in before.items():
@@ -145,14 +180,31 @@ def write(lines: Sequence[dict[str, Any]], path: Path | None) -> None:
 def _figures(line: dict[str, Any]) -> str:
     if line["skipped"]:
         return f"skipped: {line['skipped']}"
-    unit, factor = {"s": ("s ", 1.0) if line["median"] >= 1 else ("ms", 1e3), "B": ("MB", 1e-6)}[line["unit"]]
-    median, p20, p80 = (factor * line[key] for key in ("median", "p20", "p80"))
-    spread = f"[{p20:.2f}, {p80:.2f}]"
-    columns = [f"{median:8.2f} {unit} {spread:<18}"]
-    if line["unit"] == "s":
+    seconds, median = line["unit"] == "s", line["median"]
+    unit, factor = ("MB", 1e-6) if not seconds else ("s ", 1.0) if median >= 1 else ("ms", 1e3)
+    if seconds and median < 1e-3:
+        unit, factor = "µs", 1e6
+    columns = [f"{factor * median:8.2f} {unit}"]
+    if line["n"] > 1:
+        spread = f"[{factor * line['p20']:.2f}, {factor * line['p80']:.2f}]"
+        columns[0] += f" {spread:<18}"
+    if line["bench"] == "kernels":
+        columns += _kernel_figures(line)
+    elif seconds:
         columns.append(f"{line['mb_per_s']:6.0f} MB/s" if line["mb_per_s"] else " " * 11)
         columns.append(f"{line['bytes_per_volume'] / 1e6:6.2f} MB" if line["bytes_per_volume"] else " " * 9)
+    what = "× the speed of" if seconds else "× the bytes of"
     if line["variant"] != line["ratio_to"]:
-        what = "× the speed of" if line["unit"] == "s" else "× the bytes of"
         columns.append(f"{line['ratio']:.2f}{what} {line['ratio_to']}")
     return "  ".join(columns)
+
+
+def _kernel_figures(line: dict[str, Any]) -> list[str]:
+    """What a line of `bench kernels` says beside its median: against the least bytes, launches or speed, memory."""
+    if line["unit"] == "B":
+        times, held = line["median"] / line["minimum_bytes"], line["held_for_backward_bytes"]
+        return [f"{times:6.2f}× the minimum", f"{line['launches']:3d} launches", f"{held / 1e6:7.2f} MB held"]
+    columns = [f"{line['gb_per_s']:5.0f} GB/s, {100 * line['share_of_copy']:3.0f} % of a copy"]
+    if line["peak_bytes"] is not None:
+        columns.append(f"{line['peak_bytes'] / 1e6:7.1f} MB at peak")
+    return columns
