@@ -12,7 +12,9 @@ Example: brainscale bench convert data/bids --json results.jsonl
 
 Example: brainscale bench read stores/brains --source data/bids --json results.jsonl
 
-Example: brainscale bench checkpoint --folder /scratch --json results.jsonl""",
+Example: brainscale bench checkpoint --folder /scratch --json results.jsonl
+
+Example: brainscale bench kernels --json results.jsonl""",
     help_format="markdown",
 )
 
@@ -100,3 +102,30 @@ def checkpoint(
     from brainscale.bench.record import write
 
     write(bench_checkpoint.run(overrides, config, folder, quick), json)
+
+
+@bench.command
+def kernels(*, batch: int = 8, count: bool = False, quick: bool = False, json: Path | None = None) -> None:
+    """Time gathers and losses on a GPU against eager, torch.compile, the paper's form, MONAI and Conv3d; without a GPU,
+    count the bytes and launches of each for one sample.
+
+    Losses with their backward pass, volumes of 160×192×160 int16, patches of 16³ and 8³, predictions in bf16, 75 %
+    masked. Every result is checked. Peers that are not installed are skipped with the command that installs them.
+
+    Example: brainscale bench kernels --json results.jsonl
+
+    Parameters
+    ----------
+    batch
+        Volumes of a call that is timed.
+    count
+        Count also where there is a GPU.
+    quick
+        Small volumes, patches of 16³ alone, few calls.
+    json
+        File that the lines are appended to.
+    """
+    from brainscale.bench import kernels as bench_kernels
+    from brainscale.bench.record import write
+
+    write(bench_kernels.run(quick, batch, count), json)
