@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from conftest import run_brainscale
 from test_bench import KEYS
+from torch._inductor import config
 
 from brainscale.bench import kernels
 from brainscale.bench.kernel_bytes import Counting, Traffic, count
 from brainscale.bench.kernel_peers import make_inputs
-from brainscale.bench.kernel_works import OURS, PUBLISHED, RFFTN, WHOLE, WORKS, Variant
+from brainscale.bench.kernel_works import COMPILED, OURS, PUBLISHED, RFFTN, WHOLE, WORKS, Variant
 from brainscale.bench.record import in_fresh_process, surroundings, write
 from brainscale.settings import InputError
 from brainscale_kernels.launch import launch
@@ -180,6 +181,16 @@ def test_an_absent_peer_is_a_line_that_says_how_to_install_it():
     measured, skipped = sorted(kernels.count_lines(TINY, (16, 16, 16), works, False), key=lambda line: line["variant"])
     assert skipped["skipped"] == "no_such_module is not installed; pip install -e '.[peers]'"
     assert measured["variant"] == WHOLE and not measured["skipped"]
+
+
+@interpreted
+def test_what_cannot_be_compiled_here_is_a_line_that_says_why():
+    work = WORKS[0]
+    works = [replace(work, variants={name: work.variants[name] for name in (WHOLE, COMPILED + "whole volume")})]
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        skipped = [line for line in kernels.count_lines(TINY, (16, 16, 16), works) if line["skipped"]]
+    assert [line["variant"] for line in skipped] == [COMPILED + "whole volume"]
+    assert skipped[0]["skipped"].startswith("torch.compile needs g++ and failed: ")
 
 
 @pytest.mark.slow

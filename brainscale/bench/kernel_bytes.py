@@ -199,7 +199,7 @@ class Counted:
 def count(work: Work, forward: Callable[[Inputs], Tensor], inputs: Inputs, compiled: bool) -> Counted:
     """Run a form of an operation, or torch.compile of it, and its backward pass, if it has one, and count.
 
-    Raises torch._inductor.exc.InvalidCxxCompiler where nothing can be compiled.
+    Raises torch._dynamo.exc.BackendCompilerFailed where it cannot be compiled.
     """
     traffic = Traffic()
     if compiled:

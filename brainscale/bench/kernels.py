@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._dynamo.exc import BackendCompilerFailed
 
 from brainscale.bench.kernel_bytes import Counted, count
 from brainscale.bench.kernel_peers import Inputs, make_inputs
@@ -42,7 +42,6 @@ PAUSE_CYCLES = 4_000_000
 """About 2 ms of the device, in which the launches of the next call queue up."""
 L2_TIMES = 3
 COPY = "copy"
-NO_COMPILER = "no C++ compiler found; apt install g++"
 
 
 def run(quick: bool, batch: int, counting: bool) -> list[dict[str, Any]]:
@@ -81,6 +80,13 @@ def check(work: Work, name: str, patch_zyx: Zyx, inputs: Inputs, output: Tensor,
             assert far <= TOLERANCE, f"{what}{work.name}, {name}: differs from the reference by {far:.3g} of its norm"
 
 
+def why(error: RuntimeError) -> str:
+    """The reason for a variant's line being empty."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory; give a smaller --batch"
+    return f"torch.compile needs g++ and failed: {str(error).splitlines()[0]}"
+
+
 # ------------------------------------------------------------------------------------------- bytes
 
 
@@ -104,8 +110,8 @@ def count_lines(
             if not reason:
                 try:
                     counts[name] = count(work, bind(variant, patch_zyx), inputs, variant.compile)
-                except InvalidCxxCompiler:
-                    reason = NO_COMPILER
+                except BackendCompilerFailed as error:
+                    reason = why(error)
             if reason:
                 found.append(skipped(BENCH, case, name, reason))
                 continue
@@ -196,8 +202,8 @@ def time_lines(
             if not reason:
                 try:
                     steps[name], peaks[name] = _prepare(work, name, patch_zyx, first)
-                except torch.OutOfMemoryError:
-                    reason = f"{batch} samples need more memory than {device} has; --batch with fewer"
+                except (BackendCompilerFailed, torch.OutOfMemoryError) as error:
+                    reason = why(error)
             if reason:
                 found.append(skipped(BENCH, case, name, reason))
         samples = measure_in_turn({**steps, COPY: lambda _: target.copy_(source)}, copies, rounds, Clock(device))
