@@ -31,6 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from brainscale_kernels.launch import Launch, launch, recording
 from brainscale_kernels.patch_gather import Stored, patch_gather, patch_gather_with_statistics
 from brainscale_kernels.pixel_loss import pixel_loss
+from brainscale_kernels.spectral_patch import spectral_patch
 from brainscale_kernels.spectral_volume import spectral_volume
 from brainscale_kernels.spectrum import Form
 
@@ -81,6 +82,13 @@ def _volume(patch_zyx: Sequence[int], mode: str, volume_zyx: Sequence[int] = FUL
     spectral_volume(stored, _ids(), _predictions(patch_zyx, torch.bfloat16), patch_zyx, Form(mode))
 
 
+def _patch(
+    patch_zyx: Sequence[int], mode: str, volume_zyx: Sequence[int] = FULL, prediction: torch.dtype = torch.bfloat16
+) -> None:  # fmt: skip
+    stored = _stored(volume_zyx, torch.int16)
+    spectral_patch(stored, _ids(), _predictions(patch_zyx, prediction), patch_zyx, Form(mode))
+
+
 VARIANTS: dict[str, Callable[[], object]] = {
     "gather 16³ int16 → bf16": partial(_gather, (16, 16, 16)),
     "gather 16³ int16 → f32, statistics": partial(_gather, (16, 16, 16), tokens=torch.float32, statistics=True),
@@ -98,6 +106,11 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "volume 16³ logmag": partial(_volume, (16, 16, 16), "logmag"),
     "volume 8³ logmag, 2 mm": partial(_volume, (8, 8, 8), "logmag", COARSE),
     "volume 8³ complex, rows of 72": partial(_volume, (8, 8, 8), "complex", ODD),
+    "patch 16³ logmag": partial(_patch, (16, 16, 16), "logmag"),
+    "patch 8³ logmag": partial(_patch, (8, 8, 8), "logmag"),
+    "patch 12³ logmag": partial(_patch, (12, 12, 12), "logmag", (144, 192, 144)),
+    "patch 16³ magnitude of f32": partial(_patch, (16, 16, 16), "magnitude", prediction=torch.float32),
+    "patch 8³ complex, rows of 72": partial(_patch, (8, 8, 8), "complex", ODD),
 }
 """Name → a call that launches. A new variant is a line here and a line in tests/compile_report_sm_90.jsonl."""
 

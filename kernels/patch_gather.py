@@ -77,16 +77,24 @@ def patch_statistics_reference(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def patch_origins(
+    row, token, grid_y, grid_x, stride_b, stride_z, stride_y, stride_x,
+    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where the first voxels of patches lie: int64 offsets [patches] for rows and tokens [patches]."""
+    origin = row.to(tl.int64) * stride_b
+    origin += (token // (grid_y * grid_x) * PZ).to(tl.int64) * stride_z
+    origin += (token // grid_x % grid_y * PY).to(tl.int64) * stride_y
+    return origin * UNIT + (token % grid_x * PX).to(tl.int64) * stride_x
+
+
+@triton.jit
 def patch_offsets(
     row, token, grid_y, grid_x, stride_b, stride_z, stride_y, stride_x,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, ELEMENTS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Where the voxels of whole patches lie: int64 offsets [patches, ELEMENTS] for rows and tokens [patches]."""
-    plane = grid_y * grid_x
-    origin = row.to(tl.int64) * stride_b
-    origin += (token // plane * PZ).to(tl.int64) * stride_z
-    origin += (token // grid_x % grid_y * PY).to(tl.int64) * stride_y
-    origin = origin * UNIT + (token % grid_x * PX).to(tl.int64) * stride_x
+    origin = patch_origins(row, token, grid_y, grid_x, stride_b, stride_z, stride_y, stride_x, PZ, PY, PX, UNIT)
     element = tl.arange(0, ELEMENTS)
     inner = (element // (PY * PX) * stride_z + element // PX % PY * stride_y) * UNIT + element % PX * stride_x
     return origin[:, None] + inner[None, :]

@@ -43,9 +43,11 @@ from brainscale_kernels.spectrum import (
     MODES,
     Form,
     check_form,
-    compare_bins,
+    compare_complex,
+    compare_features,
     cutoff_integers,
     divisor,
+    feature,
     scales,
     spectral_error,
 )
@@ -54,7 +56,7 @@ STD_OFFSET = 1e-6
 """Added to a volume's standard deviation in its z-score (the paper's constant)."""
 GROUP_VOXELS = 1 << 25
 """Volumes are taken in groups of at most this many voxels: six of 160×192×160, about 0.8 GB beside the outputs."""
-BLOCK_BINS = 2048
+BLOCK_BINS = 1024
 STATISTICS = 3
 """mean, std + 1e-6, and (std + 1e-6) / ((N−1)·std), or 0 for a constant volume."""
 
@@ -230,18 +232,22 @@ def _compare_kernel(
     kept = ((far >= least) & live).to(tl.float32)
     twice = tl.where((x == 0) | (2 * x == X), 1.0, 2.0)
 
-    pairs = bins[:, None] * 2 + tl.arange(0, 2)[None, :]
-    both = live[:, None] & (pairs >= 0)
+    pairs = tl.program_id(0) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    both = pairs < 2 * BINS
     mosaic = spectra + tl.program_id(1).to(tl.int64) * (BINS * 2)
     true = mosaic + tl.num_programs(1).to(tl.int64) * (BINS * 2)
-    re, im = tl.split(tl.load(mosaic + pairs, mask=both, other=0.0))
-    true_re, true_im = tl.split(tl.load(true + pairs, mask=both, other=0.0))
-    error, by_re, by_im = compare_bins(re, im, true_re, true_im, kept, amplitude, log_scale, log_offset, MODE)
+    re, im = tl.split(tl.reshape(tl.load(mosaic + pairs, mask=both, other=0.0), (BLOCK, 2)))
+    true_re, true_im = tl.split(tl.reshape(tl.load(true + pairs, mask=both, other=0.0), (BLOCK, 2)))
+    if MODE == 2:
+        error, by_re, by_im = compare_complex(re - true_re, im - true_im, kept, amplitude)
+    else:
+        wanted = feature(true_re, true_im, amplitude, log_scale, log_offset, MODE)
+        error, by_re, by_im = compare_features(re, im, wanted, kept, amplitude, log_scale, log_offset, MODE)
     out = sums + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 2
     tl.store(out, tl.sum(twice * error, axis=0))
     if GRADIENT:
         tl.store(out + 1, tl.sum(twice * (by_re * re + by_im * im), axis=0))
-        tl.store(mosaic + pairs, tl.join(by_re, by_im), mask=both)
+        tl.store(mosaic + pairs, tl.reshape(tl.join(by_re, by_im), (2 * BLOCK,)), mask=both)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -332,6 +338,7 @@ def _group(
     bins = blocks(z * y * (x // 2 + 1), BLOCK_BINS)
     sums = prediction.new_empty((samples, bins, 2), dtype=torch.float32)
     *weights, least = cutoff_integers((z, y, x), form.cutoff_fraction)
+    least = max(least, 1)  # zero frequency is 0 in both, but for rounding
     launch(
         _compare_kernel, (bins, samples), torch.view_as_real(spectra), sums, *weights, least, *scales((z, y, x), form),
         Z=z, Y=y, X=x, BLOCK=BLOCK_BINS, MODE=MODES.index(form.mode), WIDE=3 * math.lcm(z, y, x) ** 2 >= 2**31,

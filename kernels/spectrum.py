@@ -137,40 +137,43 @@ def cutoff_integers(shape_zyx: Zyx, cutoff_fraction: float) -> tuple[int, int, i
     """(wz, wy, wx, least): a bin whose distances from zero frequency are kz, ky, kx (each at most half the axis) is
     kept when wz·kz² + wy·ky² + wx·kx² ≥ least. Exact, where a radius in float32 would lose bins on the cut-off.
 
-    Zero frequency itself is never kept: what compares spectra here takes means off, or leaves it to the cut-off.
     """
     common = math.lcm(*shape_zyx)
     wz, wy, wx = ((common // n) ** 2 for n in shape_zyx)
     largest = sum(w * (n // 2) ** 2 for w, n in zip((wz, wy, wx), shape_zyx))
     least = math.ceil(max(cutoff_fraction - RADIUS_TOLERANCE, 0.0) ** 2 * largest)
-    return wz, wy, wx, max(least, 1)
+    return wz, wy, wx, least
 
 
 @triton.jit
-def log1p(u):
-    """log(1 + u) with the digits that 1 + u lost put back."""
-    w = 1.0 + u
-    return tl.log(w) - ((w - 1.0) - u) / w
-
-
-@triton.jit
-def compare_bins(re, im, true_re, true_im, kept, amplitude, log_scale, log_offset, MODE: tl.constexpr):
-    """Squared differences of two spectra where `kept` is 1 (not 0), and the gradient spectrum G of their sum.
-
-    MODE: 0 logmag, 1 magnitude, 2 complex. NaN stays NaN.
-    """
-    if MODE == 2:
-        gain = 2.0 * kept * amplitude * amplitude
-        by_re, by_im = re - true_re, im - true_im
-        return 0.5 * gain * (by_re * by_re + by_im * by_im), gain * by_re, gain * by_im
+def feature(re, im, amplitude, log_scale, log_offset, MODE: tl.constexpr):
+    """What a bin is compared by: its magnitude, or (MODE 0, logmag) what log1p is taken of. MODE 1: magnitude."""
     magnitude = tl.sqrt_rn(re * re + im * im)
-    true = tl.sqrt_rn(true_re * true_re + true_im * true_im)
+    if MODE == 1:
+        return amplitude * magnitude
+    return log_scale * magnitude + log_offset
+
+
+@triton.jit
+def compare_features(re, im, true, kept, amplitude, log_scale, log_offset, MODE: tl.constexpr):
+    """Squared differences of a spectrum's features from the `true` ones where `kept` is 1 (not 0), and the gradient
+    spectrum G of their sum. NaN stays NaN."""
+    magnitude = tl.sqrt_rn(re * re + im * im)
     if MODE == 1:
         slope = amplitude
-        difference = amplitude * (magnitude - true)
+        difference = amplitude * magnitude - true
     else:
         u = log_scale * magnitude + log_offset
         slope = log_scale / (1.0 + u)
-        difference = log1p(u) - log1p(log_scale * true + log_offset)
+        # One logarithm of a ratio: two would need more registers than spectral_patch has. It is good to 1e-7, whatever
+        # the spectra, so that only log_scale·|F| below some 1e-3 at every bin would be worse than in the reference.
+        difference = tl.log((1.0 + u) / (1.0 + true))
     gain = 2.0 * kept * difference * slope / tl.where(magnitude == 0.0, 1.0, magnitude)
     return kept * difference * difference, gain * re, gain * im
+
+
+@triton.jit
+def compare_complex(re, im, kept, amplitude):
+    """The same for mode complex, from the difference of two spectra."""
+    gain = 2.0 * kept * amplitude * amplitude
+    return 0.5 * gain * (re * re + im * im), gain * re, gain * im

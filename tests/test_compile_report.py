@@ -1,6 +1,7 @@
 """What the compiler makes of the kernels: promises that hold with any Triton, and the kept figures of one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,13 +51,16 @@ WIDE = {
     "_moments_kernel": (["volume", "prediction"], []),
     "_assemble_kernel": (["volume", "prediction"], ["scored", "scored"]),
     "_gradient_kernel": (["inverse", "prediction"], ["gradient"]),
+    "_patch_kernel": (["volume", "prediction"], ["gradient"]),
 }
 """Kernels that work on whole patches: the tensors of which they read a tile, and of which they write one."""
 
 
 def tile_bytes(row: Row, tensors: list[str]) -> int:
     """Bytes of a tile of each of these tensors."""
-    return sum(row["constants"]["PATCHES"] * row["constants"]["ELEMENTS"] * voxel_bytes(row, name) for name in tensors)
+    sizes = row["constants"]
+    patches = ("N", "QZ", "QY", "QX") if row["kernel"] == "_patch_kernel" else ("PATCHES", "ELEMENTS")
+    return math.prod(sizes[name] for name in patches) * sum(voxel_bytes(row, name) for name in tensors)
 
 
 def voxel_bytes(row: Row, tensor: str) -> int:
@@ -95,6 +99,13 @@ def test_patches_are_read_and_written_16_bytes_at_a_time(kernel, rows):
     for row in wide:
         assert wide_bytes(row, "load_bits") == tile_bytes(row, read), row
         assert wide_bytes(row, "store_bits") == tile_bytes(row, written), row
+
+
+def test_spectra_of_patches_are_made_by_tensor_cores(rows):
+    patches = [row for row in rows if row["kernel"] == "_patch_kernel"]
+    assert patches
+    for row in patches:
+        assert row["tensor_core"], row
 
 
 # --------------------------------------------------------------------------------------- kept figures

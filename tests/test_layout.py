@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PREFIX = {"kernels": "brainscale_kernels", "data_prep": "brainscale_data_prep", "slurm": "brainscale_slurm"}
 ORDER = [
     *(f"brainscale_kernels.{name}" for name in (
-        "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "compile_report",
+        "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "spectral_patch", "compile_report",
     )),
     *(f"brainscale.{name}" for name in (
         "settings", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
