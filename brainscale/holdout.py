@@ -24,7 +24,7 @@ from brainscale import run_folder
 from brainscale.config import Config
 from brainscale.geometry import Zyx, patchify
 from brainscale.loader import Batch, Reader
-from brainscale.mae import Mae, assemble, patch_statistics
+from brainscale.mae import Mae, assemble, patch_deviation
 from brainscale.masking import Masks, draw_masks
 from brainscale.metrics import PARTS
 from brainscale.provenance import write_text
@@ -182,7 +182,7 @@ def model_prediction(model: Mae, visible: Tensor, masks: Masks, target: Tensor) 
     the prediction, as the objective does for its spectral term."""
     prediction = model.predict(visible, masks)
     if model.config.mae.normalize_target:
-        mean, std = patch_statistics(target)
+        mean, std = patch_deviation(target)
         return prediction * std + mean
     return prediction
 

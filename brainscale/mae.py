@@ -8,19 +8,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from brainscale.config import Config
 from brainscale.geometry import Zyx, token_coordinates, token_grid, unpatchify
 from brainscale.layers import Trunk, block_flops
 from brainscale.loader import Batch
 from brainscale.masking import Masks, masked_count
-from brainscale.ops import patch_gather
-from brainscale.regularizers import spectral_patch_loss, spectral_volume_loss
+from brainscale.ops import patch_gather, patch_statistics, pixel_loss, spectral_loss
+from brainscale.regularizers import spectral_form
 from brainscale.vit import Encoder, encoder_flops
-
-NORMALISE_EPSILON = 1e-6
-"""Added to a patch's variance when targets are normalised per patch: background patches are constant."""
+from brainscale_kernels.patch_gather import patch_statistics_reference
+from brainscale_kernels.pixel_loss import VARIANCE_OFFSET
 
 
 class Output(NamedTuple):
@@ -69,18 +67,19 @@ class Mae(nn.Module):
 
     def forward(self, batch: Batch, masks: Masks, spectral_weight: float) -> Output:
         """Loss of a batch whose tensors and masks are on the model's device."""
-        prediction = self.predict(self.gather(batch, masks.visible), masks)
-        target = self.gather(batch, masks.masked, torch.float32)
-        compared, wanted = prediction, target
-        if self.config.mae.normalize_target:
-            mean, std = patch_statistics(target)
-            wanted = (target - mean) / std
-            prediction = prediction * std + mean
-        difference = F.mse_loss if self.config.mae.pixel_loss == "mse" else F.l1_loss
-        pixel = difference(compared, wanted)
+        settings, stored, patch = self.config.mae, batch.stored, self.config.model.patch_voxels_zyx
+        kernels = self.config.kernels
+        prediction = self.decode(self.gather(batch, masks.visible), masks)
+        pixel = pixel_loss(
+            stored, masks.masked, prediction, patch, settings.pixel_loss, settings.normalize_target, kernels
+        )
         if spectral_weight == 0:
             return Output(pixel, pixel.detach(), torch.full_like(pixel, torch.nan))
-        spectral = self.spectral(batch, masks, prediction, target)
+        if settings.normalize_target:
+            mean, variance = patch_statistics(stored, masks.masked, patch, kernels)
+            prediction = prediction * (variance + VARIANCE_OFFSET).sqrt() + mean
+        form, scope = spectral_form(self.config.spectral), self.config.spectral.scope
+        spectral = spectral_loss(stored, masks.masked, prediction, patch, form, scope, kernels)
         return Output(pixel + spectral_weight * spectral, pixel.detach(), spectral.detach())
 
     def gather(self, batch: Batch, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -88,24 +87,19 @@ class Mae(nn.Module):
         patch, dtype = self.config.model.patch_voxels_zyx, dtype or self.dtype
         return patch_gather(batch.stored, ids, patch, dtype, self.config.kernels)
 
+    def decode(self, visible_BKP: Tensor, masks: Masks) -> Tensor:
+        """Predicted masked patches (B,Km,P), in the dtype the model computes in, from visible ones (B,Kv,P): in z-score
+        units, or in units of each patch's own deviation with `mae.normalize_target`."""
+        return self.decoder(self.encoder(visible_BKP, masks.visible), masks)
+
     def predict(self, visible_BKP: Tensor, masks: Masks) -> Tensor:
-        """Predicted masked patches (B,Km,P) float32 from visible ones (B,Kv,P): in z-score units, or in units of each
-        patch's own deviation with `mae.normalize_target`."""
-        return self.decoder(self.encoder(visible_BKP, masks.visible), masks).float()
+        """The same in float32."""
+        return self.decode(visible_BKP, masks).float()
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return self.decoder.to_voxels.weight.dtype
-
-    def spectral(self, batch: Batch, masks: Masks, prediction: Tensor, target: Tensor) -> Tensor:
-        """The spectral term of predictions (B,Km,P) against targets, both in z-score units."""
-        settings, patch = self.config.spectral, self.config.model.patch_voxels_zyx
-        if settings.scope == "patch":
-            return spectral_patch_loss(prediction, target, patch, settings)
-        visible = self.gather(batch, masks.visible, torch.float32)
-        true = assemble(visible, target, masks, self.volume_zyx, patch)
-        return spectral_volume_loss(assemble(visible, prediction, masks, self.volume_zyx, patch), true, settings)
 
     def after_step(self, step: int) -> None:
         """Nothing follows an optimizer step in MAE (JEPA moves its teacher here)."""
@@ -119,10 +113,10 @@ def assemble(visible: Tensor, masked: Tensor, masks: Masks, volume_zyx: Zyx, pat
     return unpatchify(tokens, volume_zyx, patch_zyx)
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B,K,1) of each patch (B,K,P)."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
-    return mean, (variance + NORMALISE_EPSILON).sqrt()
+def patch_deviation(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (B,K,1) of each patch (B,K,P), as targets normalised per patch are made with."""
+    mean, variance = patch_statistics_reference(patches)
+    return mean, (variance + VARIANCE_OFFSET).sqrt()
 
 
 def mae_flops(config: Config, grid_zyx: Zyx) -> int:

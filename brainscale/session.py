@@ -17,7 +17,7 @@ from brainscale.layers import initialise
 from brainscale.loader import Loader, Reader
 from brainscale.mae import Mae
 from brainscale.masking import masked_count
-from brainscale.ops import choose
+from brainscale.ops import choose, refuse
 from brainscale.store import Store
 
 OBJECTIVES = {"mae": Mae}
@@ -89,6 +89,8 @@ def build(
         state = replace(state, **{name: getattr(saved, name) for name in kept})
     voice = metrics.Voice(world, config.train.num_steps, state.step)
     kernels = choose(config.kernels, world.device)
+    if config.spectral.weight:
+        refuse(config.kernels, world.device, config.spectral.scope, config.model.patch_voxels_zyx)
     voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}")
     if state.zero_stage != config.zero.stage:
         voice.line(f"ZeRO stage {state.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")

@@ -9,9 +9,11 @@ from brainscale.geometry import patchify
 from brainscale.holdout import neighbour_mean
 from brainscale.layers import initialise, rope_angles, rotate, sincos_positions
 from brainscale.loader import Batch
-from brainscale.mae import Mae, assemble, mae_flops, patch_statistics
+from brainscale.mae import Mae, assemble, mae_flops, patch_deviation
 from brainscale.masking import Masks, draw_masks
+from brainscale.regularizers import spectral_form
 from brainscale.settings import load
+from brainscale_kernels.spectral_volume import volume_loss
 
 VOLUME, GRID, PATCH = (16, 24, 8), (4, 3, 2), (4, 8, 4)
 TINY = (
@@ -71,12 +73,16 @@ def test_pixel_loss_is_the_mean_over_masked_voxels():
 def test_normalised_targets_are_z_scored_and_undone_for_the_spectral_term():
     model, batch, masks = make("mae.normalize_target=true"), make_batch(), masks_for()
     target = model.gather(batch, masks.masked, torch.float32)
-    mean, std = patch_statistics(target)
+    mean, std = patch_deviation(target)
     z = (target - mean) / std
     torch.testing.assert_close(z.mean(-1), torch.zeros_like(z.mean(-1)), atol=1e-5, rtol=0)
     prediction = model.predict(model.gather(batch, masks.visible), masks)
     torch.testing.assert_close(model(batch, masks, 0.0).pixel_loss, ((prediction - z) ** 2).mean())
-    expected = model.spectral(batch, masks, prediction * std + mean, target)
+    mosaic, true = (
+        assemble(model.gather(batch, masks.visible, torch.float32), masked, masks, VOLUME, PATCH)
+        for masked in (prediction * std + mean, target)
+    )
+    expected = volume_loss(mosaic, true, spectral_form(model.config.spectral))
     torch.testing.assert_close(model(batch, masks, 1.0).spectral_loss, expected)
 
 
