@@ -7,11 +7,13 @@ Counted while it runs on a CPU, by one convention for all:
     transforms        a pass for every axis longer than 1, each reading the input and writing the output; a launch each
     compiled code     as Inductor counts it (every buffer once per fused kernel), and all passes of transforms; a launch
                       per generated kernel and per operator that it calls
-    Triton kernels    every load and store of every program in Triton's interpreter, elements under a mask left out; and
-                      apart from that the distinct sectors of 32 bytes of each, which is what DRAM moves for it
+    Triton kernels    every load and store of every program in Triton's interpreter, elements under a mask left out; but
+                      what is loaded of an argument of at most 16 KB, as a table, once per launch, since it stays in the
+                      caches; and apart from that the distinct sectors of 32 bytes of each load and store, which is what
+                      DRAM moves for it
 
-What a cache saves between operators or programs is not taken off. Kernels are counted where TRITON_INTERPRET=1 was set
-before they were imported.
+Nothing else that a cache saves is taken off. Of two calls the second is counted: tables that are kept are there then.
+Kernels are counted where TRITON_INTERPRET=1 was set before they were imported.
 """
 
 import logging
@@ -34,8 +36,11 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from brainscale.bench.kernel_peers import Inputs
 from brainscale.bench.kernel_works import Work
+from brainscale_kernels.launch import recording
 
 SECTOR_BYTES = 32
+SMALL_BYTES = 16 << 10
+"""Of an argument that stays in the caches during a launch."""
 TRANSFORMS = {"_fft_r2c", "_fft_c2c", "_fft_c2r"}
 CREATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """Operators that write nothing."""
@@ -128,25 +133,29 @@ class Counting(TorchDispatchMode):
         names = ("create_masked_load", "create_masked_store", "create_atomic_rmw")
         before = {name: getattr(InterpreterBuilder, name) for name in names}
         run = GridExecutor.__call__
-        kernel = ""
+        kernel, small = "", list[_Small]()
 
         def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
-            nonlocal kernel
+            nonlocal kernel, small
             kernel, self._in_kernel = executor.fn.__name__, True
+            small = [_Small(t) for t in _tensors((args, kwargs)) if 0 < t.untyped_storage().nbytes() <= SMALL_BYTES]
             self.traffic.launches += 1
             try:
                 run(executor, *args, **kwargs)
             finally:
                 self._in_kernel = False
 
-        def touch(pointers: Any, mask: Any, times: int = 1) -> None:
+        def touch(pointers: Any, mask: Any, times: int = 1, loads: bool = False) -> None:
             itemsize = pointers.get_element_ty().primitive_bitwidth // 8
             addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+            if loads and addresses.size:
+                of = next((argument for argument in small if argument.holds(addresses[0])), None)
+                addresses = addresses if of is None else of.first_touched(addresses)
             self.traffic.bytes_of[kernel] += times * addresses.size * itemsize
             self.traffic.sectors_of[kernel] += times * np.unique(addresses // SECTOR_BYTES).size
 
         def load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            touch(pointers, mask)
+            touch(pointers, mask, loads=True)
             return before["create_masked_load"](builder, pointers, mask, *rest)
 
         def store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
@@ -166,6 +175,25 @@ class Counting(TorchDispatchMode):
             for name, original in before.items():
                 setattr(InterpreterBuilder, name, original)
             GridExecutor.__call__ = run
+
+
+class _Small:
+    """A small argument of a launch, and which of its bytes have been loaded."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._start = storage.data_ptr()
+        self._loaded = np.zeros(storage.nbytes(), bool)
+
+    def holds(self, address: np.integer) -> bool:
+        return self._start <= int(address) < self._start + self._loaded.size
+
+    def first_touched(self, addresses: np.ndarray) -> np.ndarray:
+        """Those that had not been loaded, each once."""
+        at = np.unique(addresses - np.uint64(self._start))
+        new = at[~self._loaded[at]]
+        self._loaded[new] = True
+        return new + np.uint64(self._start)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -202,6 +230,8 @@ def count(work: Work, forward: Callable[[Inputs], Tensor], inputs: Inputs, compi
     Raises torch._dynamo.exc.BackendCompilerFailed where it cannot be compiled.
     """
     traffic = Traffic()
+    with recording():  # what is kept from call to call is made here; launches are not run
+        forward(inputs)
     if compiled:
         forward = _compile(work, forward, inputs, traffic)
     memory = {t.untyped_storage().data_ptr() for t in _tensors(inputs)}

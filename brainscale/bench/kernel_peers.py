@@ -19,8 +19,9 @@ from brainscale.geometry import Zyx, patchify, unpatchify
 from brainscale.masking import draw_masks
 from brainscale_kernels.patch_gather import Stored, patch_gather, patch_gather_reference
 from brainscale_kernels.pixel_loss import pixel_loss, pixel_loss_reference
+from brainscale_kernels.spectral_patch import spectral_patch, spectral_patch_reference
 from brainscale_kernels.spectral_volume import STD_OFFSET, spectral_volume, spectral_volume_reference
-from brainscale_kernels.spectrum import PAPER_LOG_OFFSET, Form, bin_weights, divisor
+from brainscale_kernels.spectrum import PAPER_LOG_OFFSET, Form, bin_weights
 
 TOKENS = torch.bfloat16
 WIDTH = 768
@@ -57,7 +58,6 @@ def make_inputs(volume_zyx: Zyx, patch_zyx: Zyx, batch: int, seed: int, device: 
         weights, total = bin_weights(shape_zyx, NATIVE.cutoff_fraction, device, torch.float32)
         return weights / total
 
-    divisor(volume_zyx, NATIVE)  # kept from the first call on
     volume = (normal(batch, 1, *volume_zyx) * 300).to(torch.int16)
     parameters = (torch.full((batch,), value, device=device) for value in (1 / 300, 0.0, -3.0, 3.0))
     return Inputs(
@@ -177,6 +177,14 @@ def _mosaic_and_target(inputs: Inputs, patch_zyx: Zyx) -> tuple[Tensor, Tensor]:
 def _z_scored(volumes: Tensor) -> Tensor:
     std, mean = torch.std_mean(volumes, dim=(1, 2, 3, 4), keepdim=True)
     return (volumes - mean) / (std + STD_OFFSET)
+
+
+def patch_ours(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
+    return spectral_patch(inputs.stored, inputs.masked, inputs.prediction, patch_zyx, NATIVE)
+
+
+def patch_reference(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
+    return spectral_patch_reference(inputs.stored, inputs.masked, inputs.prediction, patch_zyx, NATIVE)
 
 
 def patch_tuned(inputs: Inputs, patch_zyx: Zyx) -> Tensor:

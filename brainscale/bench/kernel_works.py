@@ -116,7 +116,8 @@ WORKS = (
         "monai.losses.JukeboxLoss": Variant(forms.volume_jukebox, None, needs="monai"),
     }),
     Work("spectral loss, patch", "prediction", RFFTN, _masked_patches, {
-        RFFTN: Variant(forms.patch_tuned, forms.patch_tuned),
-        COMPILED + "rfftn": Variant(forms.patch_tuned, forms.patch_tuned, compile=True),
+        OURS: Variant(forms.patch_ours, forms.patch_reference),
+        RFFTN: Variant(forms.patch_tuned, forms.patch_reference),
+        COMPILED + "rfftn": Variant(forms.patch_tuned, forms.patch_reference, compile=True),
     }),
 )  # fmt: skip
