@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int =
     if _recorders:
         _recorders[-1].append(Launch(kernel, grid, arguments, constants, num_warps))
     elif math.prod(grid):
-        kernel[grid](*arguments, num_warps=num_warps, debug=True, sanitize_overflow=False, **constants)
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*arguments, num_warps=num_warps, debug=True, sanitize_overflow=False, **constants)
 
 
 def tile(patch_zyx: Sequence[int]) -> tuple[int, int]:
