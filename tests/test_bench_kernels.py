@@ -129,6 +129,13 @@ def test_operators_are_counted_by_what_they_read_and_write(call, numbers, launch
     assert (traffic.bytes, traffic.launches) == (numbers * 4, launches)
 
 
+def test_a_look_at_ids_is_not_counted():
+    ids = torch.arange(100)
+    with Counting(traffic := Traffic()):
+        assert 0 <= ids.min() <= ids.max() < 100
+    assert traffic == Traffic()
+
+
 def test_a_gather_is_counted_by_what_it_selects():
     x, index = torch.ones(1000, 4), torch.tensor([[1], [3]])
     with Counting(traffic := Traffic()):

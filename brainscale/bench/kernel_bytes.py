@@ -3,7 +3,8 @@
 Counted while it runs on a CPU, by one convention for all:
 
     torch operators   inputs read and outputs written once each; a view is free; a gather, index or scatter touches what
-                      it selects, not all it selects from; a launch each
+                      it selects, not all it selects from; what makes one number of integers is left out, since it
+                      looks at ids, and on a CPU alone; a launch each
     transforms        a pass for every axis longer than 1, each reading the input and writing the output; a launch each
     compiled code     as Inductor counts it (every buffer once per fused kernel), and all passes of transforms; a launch
                       per generated kernel and per operator that it calls
@@ -108,6 +109,8 @@ class Counting(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
         ])  # fmt: skip
         memory = {t.untyped_storage().data_ptr() for t in inputs}
+        if not any(t.is_floating_point() or t.is_complex() for t in (*inputs, *outputs)) and _nbytes(outputs) <= 8:
+            return
         if name in CREATE or (not written and all(t.untyped_storage().data_ptr() in memory for t in outputs)):
             return
         passes = 1

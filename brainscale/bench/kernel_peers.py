@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brainscale.config import Mask
-from brainscale.geometry import Zyx, patchify, unpatchify
+from brainscale.geometry import Zyx, patchify, token_grid, unpatchify
 from brainscale.masking import draw_masks
 from brainscale_kernels.patch_gather import Stored, patch_gather, patch_gather_reference
 from brainscale_kernels.pixel_loss import pixel_loss, pixel_loss_reference
@@ -81,6 +81,10 @@ def gather_ours(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
 
 def gather_selected(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
     """Pick first, then normalise: as well as plain PyTorch does it."""
+    return _selected(inputs.stored, inputs.visible, patch_zyx).to(TOKENS)
+
+
+def gather_reference(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
     return patch_gather_reference(inputs.stored, inputs.visible, patch_zyx, TOKENS)
 
 
@@ -95,6 +99,17 @@ def _values(stored: Stored) -> Tensor:
     return (stored.volume.float() * scale + offset).clamp(low, high)
 
 
+def _selected(stored: Stored, ids: Tensor, patch_zyx: Zyx) -> Tensor:
+    """Tokens (B,K,P) float32, of which alone voxels are read and converted."""
+    z, y, x = stored.volume.shape[2:]
+    (gz, gy, gx), (pz, py, px) = token_grid((z, y, x), patch_zyx), patch_zyx
+    cells = stored.volume.reshape(-1, gz, pz, gy, py, gx, px).permute(0, 1, 3, 5, 2, 4, 6)
+    row = torch.arange(len(ids), device=ids.device)[:, None]
+    patches = cells[row, ids // (gy * gx), ids // gx % gy, ids % gx].flatten(2)
+    scale, offset, low, high = (v[:, None, None] for v in stored[1:])
+    return (patches.float() * scale + offset).clamp(low, high)
+
+
 def _select(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
@@ -103,8 +118,8 @@ def embed_ours(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
     return F.linear(gather_ours(inputs, patch_zyx), inputs.weight)
 
 
-def embed_selected(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
-    return F.linear(gather_selected(inputs, patch_zyx), inputs.weight)
+def embed_reference(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
+    return F.linear(gather_reference(inputs, patch_zyx), inputs.weight)
 
 
 def embed_conv3d(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
@@ -122,6 +137,10 @@ def pixel_ours(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
 
 
 def pixel_selected(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
+    return F.mse_loss(inputs.prediction.float(), _selected(inputs.stored, inputs.masked, patch_zyx))
+
+
+def pixel_reference(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
     return pixel_loss_reference(inputs.stored, inputs.masked, inputs.prediction, patch_zyx, "mse", False)
 
 
@@ -189,7 +208,7 @@ def patch_reference(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
 
 def patch_tuned(inputs: Inputs, patch_zyx: Zyx) -> Tensor:
     """The native form on each masked patch by itself, in plain PyTorch."""
-    target = patch_gather_reference(inputs.stored, inputs.masked, patch_zyx)
+    target = _selected(inputs.stored, inputs.masked, patch_zyx)
     return _compare(
         inputs.prediction.float().unflatten(2, patch_zyx), target.unflatten(2, patch_zyx), inputs.patch_bins
     )

@@ -91,21 +91,21 @@ COMPILED = "torch.compile, "
 
 WORKS = (
     Work("gather", "", WHOLE, _tokens, {
-        OURS: Variant(forms.gather_ours, forms.gather_selected),
-        WHOLE: Variant(forms.gather_whole, forms.gather_selected),
-        SELECTED: Variant(forms.gather_selected, forms.gather_selected),
-        COMPILED + "whole volume": Variant(forms.gather_whole, forms.gather_selected, compile=True),
-        COMPILED + "selected patches": Variant(forms.gather_selected, forms.gather_selected, compile=True),
+        OURS: Variant(forms.gather_ours, forms.gather_reference),
+        WHOLE: Variant(forms.gather_whole, forms.gather_reference),
+        SELECTED: Variant(forms.gather_selected, forms.gather_reference),
+        COMPILED + "whole volume": Variant(forms.gather_whole, forms.gather_reference, compile=True),
+        COMPILED + "selected patches": Variant(forms.gather_selected, forms.gather_reference, compile=True),
     }),
     Work("patch embedding", "weight", CONV3D, _embedding, {
-        OURS: Variant(forms.embed_ours, forms.embed_selected),
-        CONV3D: Variant(forms.embed_conv3d, forms.embed_selected),
+        OURS: Variant(forms.embed_ours, forms.embed_reference),
+        CONV3D: Variant(forms.embed_conv3d, forms.embed_reference),
     }),
     Work("pixel loss", "prediction", WHOLE, _masked_patches, {
-        OURS: Variant(forms.pixel_ours, forms.pixel_selected),
-        WHOLE: Variant(forms.pixel_whole, forms.pixel_selected),
-        SELECTED: Variant(forms.pixel_selected, forms.pixel_selected),
-        COMPILED + "selected patches": Variant(forms.pixel_selected, forms.pixel_selected, compile=True),
+        OURS: Variant(forms.pixel_ours, forms.pixel_reference),
+        WHOLE: Variant(forms.pixel_whole, forms.pixel_reference),
+        SELECTED: Variant(forms.pixel_selected, forms.pixel_reference),
+        COMPILED + "selected patches": Variant(forms.pixel_selected, forms.pixel_reference, compile=True),
     }),
     Work("spectral loss, volume", "prediction", PUBLISHED, _volume, {
         OURS: Variant(forms.volume_ours, forms.volume_reference),
