@@ -51,7 +51,7 @@ def patch_gather_reference(
     """Tokens (B,K,P) in `dtype`. Only the selected patches are read and converted.
 
     Raises ValueError for shapes and dtypes other than those above and for a volume that is no multiple of the patch,
-    IndexError for an id outside the token grid (on a GPU: a device-side assert).
+    IndexError for an id outside the token grid (on a GPU: an assert on the device, which stops the process).
     """
     check(stored, ids, patch_zyx)
     _check_dtype(dtype)
@@ -59,7 +59,7 @@ def patch_gather_reference(
     pz, py, px = patch_zyx
     gz, gy, gx = (v // p for v, p in zip(volume_zyx, patch_zyx))
     cells = stored.volume.reshape(b, gz, pz, gy, py, gx, px).permute(0, 1, 3, 5, 2, 4, 6)
-    # index_select refuses negative ids, which the indexing below would count from the end.
+    # On a GPU index_select refuses negative ids, which the indexing below would count from the end.
     token = torch.arange(gz * gy * gx, device=ids.device).index_select(0, ids.flatten()).view(ids.shape)
     row = torch.arange(b, device=ids.device)[:, None]
     patches = cells[row, token // (gy * gx), token // gx % gy, token % gx].reshape(b, ids.shape[1], pz * py * px)
@@ -213,8 +213,7 @@ patch_gather_op.register_autograd(_no_gradient)
 
 
 def patch_gather(stored: Stored, ids: Tensor, patch_zyx: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Tokens (B,K,P) in `dtype`, by the kernel. Shapes, errors: `patch_gather_reference`; an id outside the token grid
-    stops the process (in Triton's interpreter: triton.runtime.errors.InterpreterError)."""
+    """Tokens (B,K,P) in `dtype`, by the kernel. Shapes, errors: `patch_gather_reference`."""
     check(stored, ids, patch_zyx)
     _check_dtype(dtype)
     return patch_gather_op(*stored, ids, patch_zyx, dtype, False)[0]
@@ -230,7 +229,8 @@ def patch_gather_with_statistics(
 
 
 def check(stored: Stored, ids: Tensor, patch_zyx: Sequence[int]) -> None:
-    """Raise ValueError unless volume, ids, patch and parameters fit each other."""
+    """Raise ValueError unless volume, ids, patch and parameters fit each other, IndexError for an id outside the token
+    grid where they lie on the CPU: on a GPU looking would wait for it, and the kernels look themselves."""
     volume = stored.volume
     if volume.ndim != 5 or volume.shape[1] != 1:
         raise ValueError(f"patch gather: got a volume of shape {tuple(volume.shape)}, wanted (B, 1, Z, Y, X)")
@@ -246,6 +246,9 @@ def check(stored: Stored, ids: Tensor, patch_zyx: Sequence[int]) -> None:
         raise ValueError(
             f"patch gather: got ids of shape {tuple(ids.shape)} and {ids.dtype}, wanted ({batch}, K) of torch.int64"
         )
+    tokens = math.prod(v // p for v, p in zip(volume.shape[2:], patch_zyx))
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < tokens:  # a GPU: load_tokens
+        raise IndexError(f"patch gather: got ids from {ids.min()} to {ids.max()}, wanted 0 to {tokens - 1}")
     for name, values in zip(Stored._fields[1:], stored[1:]):
         if values.shape != (batch,) or values.dtype != torch.float32:
             raise ValueError(

@@ -276,7 +276,7 @@ def spectral_patch_op(
 
 
 def _terms(ids: Tensor, patch_zyx: Sequence[int], form: Form) -> float:
-    z, y, x = patch_zyx
+    z, y, x = (int(p) for p in patch_zyx)  # concrete also while a compiler traces
     return divisor((z, y, x), form) * ids.numel()
 
 

@@ -355,7 +355,7 @@ def _group(
 
 
 def _terms(volume: Tensor, form: Form) -> float:
-    z, y, x = volume.shape[2:]
+    z, y, x = (int(v) for v in volume.shape[2:])  # concrete also while a compiler traces
     return divisor((z, y, x), form) * len(volume)
 
 
