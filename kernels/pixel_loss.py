@@ -146,11 +146,12 @@ def fake_loss(prediction: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the second output
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (unit,) = ctx.saved_tensors
-    return *[None] * 6, unit_gradient(unit, grad, unit.numel()), *[None] * 4
+    return *[None] * 6, grad if grad is None else unit_gradient(unit, grad, unit.numel()), *[None] * 4
 
 
 pixel_loss_op.register_autograd(_backward, setup_context=_setup)

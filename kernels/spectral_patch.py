@@ -290,12 +290,13 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the second output
     ctx.terms = _terms(inputs[5], inputs[7], Form(*inputs[8:11]))
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (unit,) = ctx.saved_tensors
-    return *[None] * 6, unit_gradient(unit, grad, ctx.terms), *[None] * 5
+    return *[None] * 6, grad if grad is None else unit_gradient(unit, grad, ctx.terms), *[None] * 5
 
 
 spectral_patch_op.register_autograd(_backward, setup_context=_setup)

@@ -64,7 +64,7 @@ def test_sectors_of_the_gather_are_those_of_its_rows(counted):
 def test_the_spectral_loss_of_volumes_moves_a_quarter_of_eager(counted):
     ours = counted["spectral loss, volume", OURS]
     assert ours["median"] <= counted["spectral loss, volume", PUBLISHED]["median"] / 4, ours["bytes_of"]
-    assert ours["median"] <= counted["spectral loss, volume", RFFTN]["median"] * 0.26, ours["bytes_of"]
+    assert ours["median"] <= counted["spectral loss, volume", RFFTN]["median"] / 4, ours["bytes_of"]
 
 
 def test_the_spectral_loss_of_volumes_reads_and_writes_everything_once(counted):
@@ -83,7 +83,7 @@ def test_losses_of_patches_move_their_inputs_and_gradient_once(counted, work):
     """In the forward pass; the backward pass multiplies the gradient by that of the loss, which reads and writes it."""
     line = counted[work, OURS]
     assert line["forward_bytes"] <= 1.2 * line["minimum_bytes"], line["bytes_of"]
-    assert line["median"] - line["forward_bytes"] <= 3 * gradient_bytes() + 64, line["bytes_of"]
+    assert line["median"] - line["forward_bytes"] <= 2 * gradient_bytes() + 64, line["bytes_of"]
 
 
 @pytest.mark.parametrize("work", ["pixel loss", "spectral loss, volume", "spectral loss, patch"])
@@ -97,10 +97,13 @@ def gradient_bytes():
 
 
 def test_lines_of_counts_are_whole(counted, capsys):
-    assert all(set(line) == KEYS | COUNT_KEYS for line in counted.values())
-    assert all(line["unit"] == "B" and line["n"] == 1 for line in counted.values())
-    ours = counted["spectral loss, volume", OURS]
-    assert set(ours["ratios"]) == {name for work, name in counted if work == "spectral loss, volume"} - {OURS}
+    skipped = {key: line for key, line in counted.items() if line["skipped"]}
+    assert all("pip install" in line["skipped"] for line in skipped.values()), skipped
+    whole = {key: line for key, line in counted.items() if key not in skipped}
+    assert all(set(line) == KEYS | COUNT_KEYS for line in whole.values())
+    assert all(line["unit"] == "B" and line["n"] == 1 for line in whole.values())
+    ours = whole["spectral loss, volume", OURS]
+    assert set(ours["ratios"]) == {name for work, name in whole if work == "spectral loss, volume"} - {OURS}
     assert ours["ratio"] == ours["ratios"][PUBLISHED] < 0.25
     write(list(counted.values()), None)
     assert "× the bytes of the paper's form" in capsys.readouterr().out
