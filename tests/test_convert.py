@@ -1,5 +1,6 @@
 """Conversion end to end: what lands in the store, the same bytes however it was run, and every way it can stop."""
 
+import itertools
 import json
 import os
 import random
@@ -172,14 +173,22 @@ def test_ctrl_c_and_a_full_disk_stop_with_a_sentence_and_can_be_continued(source
     full = start(source, store, limit=9000)
     output, errors = full.communicate()
     assert full.returncode == 75 and "the disk is full" in output and "continues" in output, errors
-    interrupted = start(source, store)
+    convert(source, store, PLAN, workers=1)
+    assert tree(store) == tree(unbroken[0])
+
+    many, store = tmp_path / "many", tmp_path / "interrupted"  # so many that it cannot end before the signal comes
+    many.mkdir()
+    for path, copy in itertools.product(source.glob("*.nii.gz"), range(20)):
+        (many / path.name.replace("sub-", f"sub-{copy}x")).write_bytes(path.read_bytes())
+    interrupted = start(many, store)
     wait_for_shards(interrupted, store, 1)
     os.killpg(interrupted.pid, signal.SIGINT)
     output, errors = interrupted.communicate()
     assert interrupted.returncode == 75 and "interrupted" in output, errors
     assert not (store / ".lock").exists() and not (store / ".owners").exists()
-    convert(source, store, PLAN, workers=1)
-    assert tree(store) == tree(unbroken[0])
+    convert(many, store, PLAN, workers=1)
+    convert(many, tmp_path / "whole", PLAN, workers=1)
+    assert tree(store) == tree(tmp_path / "whole")
 
 
 def test_a_finished_store_is_left_alone_and_refuses_other_plans_and_scans(source, unbroken, tmp_path):
