@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from rich.console import Console
@@ -26,6 +27,7 @@ ENVIRONMENT = {
 }
 """Of workers."""
 PLAIN_LINE_SECONDS = 10.0
+CONTINUES = "what is finished is kept, and the same command continues"
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -49,22 +51,29 @@ def run(
     a full disk or a killed worker.
     """
     others = set(multiprocessing.active_children())
-    with _environment(), _progress(doing, num_volumes) as advance:
+
+    def end_workers() -> None:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+
+    with _environment(), _progress(doing, num_volumes) as advance, _ctrl_c(end_workers) as interrupted:
         pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker)
         try:
             pending = {pool.submit(function, task) for task in tasks}
-            while pending:
+            while pending and not interrupted():
                 ready, pending = wait(pending, timeout=PLAIN_LINE_SECONDS, return_when=FIRST_COMPLETED)
                 advance(sum(collect(future.result()) for future in ready))
         except BaseException as error:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-                child.join()
+            end_workers()
             pool.shutdown()
-            if (reason := stop_reason(error)) is None:
+            if (reason := "interrupted" if interrupted() else stop_reason(error)) is None:
                 raise
-            raise Stopped(f"{reason}; what is finished is kept, and the same command continues") from None
+            raise Stopped(f"{reason}; {CONTINUES}") from None
+        if pending:
+            end_workers()
         pool.shutdown()
+        if pending:
+            raise Stopped(f"interrupted; {CONTINUES}")
 
 
 def stop_reason(error: BaseException) -> str | None:
@@ -76,6 +85,29 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({error.strerror})"
     return None
+
+
+@contextmanager
+def _ctrl_c(end_workers: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; it ends the workers, which wakes who waits for them.
+
+    An exception in its stead could strike while `wait` holds the locks of the futures, and nobody would give them back.
+    """
+    pressed = False
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        end_workers()
+
+    if threading.current_thread() is not threading.main_thread():  # where Python handles signals
+        yield lambda: pressed
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
