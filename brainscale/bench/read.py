@@ -7,12 +7,13 @@ it (fsync, posix_fadvise), which is checked; what the disk or a host machine cac
 cache is cut to 1 MB, since training does not come back to a volume soon.
 """
 
+import ctypes
 import itertools
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -205,13 +206,15 @@ def drop_from_page_cache(file: Path) -> bool:
 
 
 def in_page_cache(file: Path) -> bool:
-    """Whether the first or the last page of a file is in memory: a read that must not wait for the disk tells."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        for place in (0, os.fstat(handle).st_size - 1):
-            with suppress(BlockingIOError):
-                if os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT):
-                    return True
-        return False
-    finally:
-        os.close(handle)
+    """Whether any page of a file is in memory, by mincore(2), which changes nothing (a read that must not wait for the
+    disk would start to read ahead)."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        resident = np.empty(-(-len(pages) // mmap.PAGESIZE), np.uint8)
+        view = np.frombuffer(pages, np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        places = (ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(pages)), ctypes.c_void_p(resident.ctypes.data))
+        failed = libc.mincore(*places)
+        del view  # or the mapping cannot be closed
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(file))
+    return bool((resident & 1).any())
