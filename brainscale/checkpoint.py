@@ -90,8 +90,9 @@ def snapshot(engine: deepspeed.DeepSpeedEngine, world: World) -> tuple[Tensors, 
     weights: Tensors = {}
     moments: Tensors = {}
     for name, parameter in engine.module.named_parameters():
-        for key, target, moment in ((name, weights, None), *((f"{name}.{m}", moments, m) for m in MOMENTS)):
-            tensor = full(engine, parameter, moment)
+        trained = [(f"{name}.{m}", moments, m) for m in MOMENTS] if parameter.requires_grad else []
+        for key, target, moment in ((name, weights, None), *trained):
+            tensor = full(engine, parameter, moment) if trained else engine.module.average.full(parameter)
             if world.is_first:
                 target[key] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
     updates = int(next(iter(torch_optimizer(engine).state.values()))["step"])
@@ -147,8 +148,12 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            for moment in (None, *MOMENTS):
+            if not parameter.requires_grad:
+                engine.module.average.fill(parameter, reader.get(name))
+            for moment in (None, *MOMENTS) if parameter.requires_grad else ():
                 fill(engine, parameter, reader.get(name, moment).to(engine.device), moment)
+        if hasattr(engine.module, "average"):
+            engine.module.average.publish()
         for slot in torch_optimizer(engine).state.values():
             slot["step"].fill_(state.updates)
     fault_point("load.filled")

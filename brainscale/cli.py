@@ -137,8 +137,8 @@ def dry_run_text(config: Config) -> str:
 
     from brainscale.geometry import token_grid
     from brainscale.loader import Reader
-    from brainscale.mae import Mae, mae_flops
     from brainscale.masking import masked_count
+    from brainscale.objective import OBJECTIVES
     from brainscale.store import open_store
 
     if config.data.store:
@@ -156,10 +156,10 @@ def dry_run_text(config: Config) -> str:
     tokens = grid[0] * grid[1] * grid[2]
     masked = masked_count(config.mask.fraction, tokens)
     with torch.device("meta"):
-        model = Mae(config, volume)
+        model = OBJECTIVES[config.objective](config, volume)
     total = sum(p.numel() for p in model.parameters())
     encoder = sum(p.numel() for p in model.encoder.parameters())
-    flops = mae_flops(config, grid)
+    flops = model.flops()
     batch, steps = config.train.global_batch_volumes, config.train.num_steps
     return "\n".join(
         (

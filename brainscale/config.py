@@ -136,6 +136,25 @@ class Mask(Model):
 
     fraction: float = Field(default=0.75, gt=0, lt=1)
     """Share of tokens masked: exactly round(fraction × tokens) in every sample."""
+    kind: Literal["auto", "random", "blocks"] = "auto"
+    """Single tokens, or blocks of them; auto: blocks for JEPA, single tokens for MAE."""
+    block_fractions: tuple[tuple[float, float], ...] = ((0.0, 0.2), (0.2, 0.5), (0.5, 0.7))
+    """Scales of blocks, as shares of the grid's tokens (low, high). Every sample draws one scale, and blocks of it
+    until the fraction is hidden."""
+    block_aspect: tuple[float, float] = (0.75, 1.5)
+    """Each edge of a block is stretched by its own factor between these, at the same volume."""
+    foreground_aware: bool = False
+    """Hide the fraction of the tokens that hold foreground and of those that do not, each by itself."""
+    shared: bool = False
+    """One mask for all samples of an optimizer step, in place of one per sample."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Mask":
+        if not self.block_fractions or not all(0 <= low < high <= 1 for low, high in self.block_fractions):
+            raise ValueError(f"mask.block_fractions must be pairs that rise within 0..1, got {self.block_fractions}")
+        if not 0 < self.block_aspect[0] <= self.block_aspect[1]:
+            raise ValueError(f"mask.block_aspect must rise and be positive, got {self.block_aspect}")
+        return self
 
 
 class Mae(Model):
@@ -168,6 +187,43 @@ class Spectral(Model):
     compat: Literal["native", "paper"] = "native"
 
 
+class Jepa(Model):
+    """Predictor, teacher and loss of the joint-embedding predictive architecture."""
+
+    predictor_width: int = Field(default=384, gt=0)
+    predictor_depth: int = Field(default=6, gt=0)
+    predictor_heads: int = Field(default=12, gt=0)
+    momentum: float = Field(default=0.99925, ge=0, le=1)
+    """The teacher is momentum × itself + (1 − momentum) × the student after every optimizer step."""
+    final_momentum: float | None = Field(default=None, ge=0, le=1)
+    """Where the momentum goes, linearly over the run; unset: it stays."""
+    background_weight: float = Field(default=0.1, ge=0, le=1)
+    """Weight in the loss of target tokens that hold hardly any foreground; the others weigh 1."""
+    min_foreground_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of foreground from which a token weighs 1."""
+
+
+class Regularizer(Model):
+    """What keeps the embeddings of a JEPA from collapsing, besides its teacher: variance and covariance of embeddings
+    over all volumes of a micro-batch on all ranks ("vcr"), or their distance to a standard normal ("sigreg")."""
+
+    kind: Literal["none", "vcr", "sigreg"] = "none"
+    weight: float = Field(default=0.025, ge=0)
+    """Weight in the loss. Usual: 0.025 for vcr, 0.25 for vcr with compat = "paper", 0.05 for sigreg."""
+    variance_weight: float = Field(default=1.0, ge=0)
+    """Of the hinge on standard deviations."""
+    covariance_weight: float = Field(default=0.04, ge=0)
+    """Of the squared off-diagonal covariances. Paper: 0.1."""
+    target_std: float = Field(default=1.0, gt=0)
+    """Standard deviation that the hinge asks for."""
+    compat: Literal["native", "paper"] = "native"
+    """native: of one pooled vector per volume; paper: of all tokens (arXiv 2606.13315), needs mask.shared = true."""
+    slices: int = Field(default=512, gt=0)
+    """Random directions of sigreg."""
+    knots: int = Field(default=17, ge=2)
+    """Points in 0..3 at which sigreg compares characteristic functions."""
+
+
 class Train(Model):
     """Length, batch and precision."""
 
@@ -191,9 +247,13 @@ class Train(Model):
 
 
 class Optim(Model):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up, then a cosine or a plateau with a cooldown."""
 
     lr: float = Field(default=1.5e-4, gt=0)
+    schedule: Literal["cosine", "cooldown"] = "cosine"
+    """After the warm-up: a cosine to the end; or constant, then linear to the final rate over `cooldown_steps`, so that
+    a run can be prolonged before it cools down."""
+    cooldown_steps: int = Field(default=0, ge=0)
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
     weight_decay: float = Field(default=0.05, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -224,7 +284,7 @@ class Checkpoint(Model):
 
 
 class Health(Model):
-    """When a run stops itself."""
+    """When a run warns, and when it stops itself."""
 
     max_skipped_in_a_row: int = Field(default=3, ge=1)
     """Steps in a row that may be left out because a loss or gradient is not finite; at the last of them the run ends
@@ -233,6 +293,21 @@ class Health(Model):
     """After the first step, a rank that is silent, or a step that hangs, for this long ends the run (exit 5)."""
     first_timeout_s: float = Field(default=1800.0, gt=0)
     """The same for starting and the first step, which may compile."""
+    probe_every_steps: int = Field(default=500, ge=0)
+    """How often the embeddings of fixed volumes are examined for collapse (`health.py`); 0: never."""
+    probe_volumes: int = Field(default=16, ge=2)
+    """Training volumes examined, at least; more where these hold fewer than 4 × model.width tokens."""
+    min_std: float = Field(default=0.1, ge=0)
+    """Warn when the median over dimensions of an embedding's standard deviation is below this."""
+    min_rank_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Warn when the effective rank is below this share of its value at step 0."""
+    min_gap: float = Field(default=0.05, ge=0, le=1)
+    """Warn when predictions fit their own subject's targets hardly better than another's (relative to how much the
+    two differ), once the warm-up is over."""
+    max_spike: float = Field(default=10.0, gt=1)
+    """Warn when the gradient norm is this many times its running median."""
+    stop_on_collapse: bool = False
+    """End the run (exit 5) when a warning of collapse holds at two probes in a row."""
 
 
 class Log(Model):
@@ -243,7 +318,9 @@ class Log(Model):
     holdout_volumes: int = Field(default=16, gt=0)
     """Held-out volumes evaluated each time, at most."""
     pictures: int = Field(default=2, ge=0)
-    """Held-out volumes whose reconstructions are kept for the report."""
+    """Held-out volumes whose reconstructions (or features) are kept for the report."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where numbers go besides metrics.jsonl. One that fails or hangs changes nothing in the run."""
 
 
 class Run(Model):
@@ -256,7 +333,7 @@ class Run(Model):
 class Config(Model):
     """One pretraining run."""
 
-    objective: Literal["mae"] = "mae"
+    objective: Literal["mae", "jepa"] = "mae"
     seed: int = Field(default=0, ge=0, lt=2**32)
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of gathers and losses runs: Triton, plain PyTorch, or (auto) Triton where there is a GPU."""
@@ -265,6 +342,8 @@ class Config(Model):
     mask: Mask = Mask()
     mae: Mae = Mae()
     spectral: Spectral = Spectral()
+    jepa: Jepa = Jepa()
+    regularizer: Regularizer = Regularizer()
     train: Train = Train()
     optim: Optim = Optim()
     zero: Zero = Zero()
@@ -278,6 +357,7 @@ class Config(Model):
         for name, width, heads in (
             ("model", self.model.width, self.model.heads),
             ("mae.decoder", self.mae.decoder_width, self.mae.decoder_heads),
+            ("jepa.predictor", self.jepa.predictor_width, self.jepa.predictor_heads),
         ):
             if width % heads or (width // heads) % 2:
                 raise ValueError(f"{name}: width {width} must be an even multiple of its {heads} heads")
@@ -285,6 +365,25 @@ class Config(Model):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} must be below train.num_steps {self.train.num_steps}"
             )
+        if self.optim.warmup_steps + self.optim.cooldown_steps > self.train.num_steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} and cooldown_steps {self.optim.cooldown_steps} are more "
+                f"than train.num_steps {self.train.num_steps}"
+            )
+        if self.optim.schedule == "cosine" and self.optim.cooldown_steps:
+            raise ValueError('optim.cooldown_steps needs optim.schedule = "cooldown"')
+        if self.regularizer.kind != "none" and self.objective != "jepa":
+            raise ValueError(
+                f'regularizer.kind = "{self.regularizer.kind}" is for objective = "jepa"; set it to "none"'
+            )
+        if self.regularizer.kind == "vcr" and self.regularizer.compat == "paper" and not self.mask.shared:
+            raise ValueError(
+                'regularizer.compat = "paper" takes the deviation of a token position over the batch, so all samples '
+                "must show the same positions, and masks are drawn per sample; set mask.shared = true or "
+                'regularizer.compat = "native"'
+            )
+        if self.mask.shared and self.mask.foreground_aware:
+            raise ValueError("mask.foreground_aware draws masks by each volume's foreground; set mask.shared = false")
         if self.train.precision == "bf16" and self.zero.stage == 0:
             raise ValueError(
                 "train.precision bf16 with zero.stage 0 is another optimizer in DeepSpeed, which counts one step too "

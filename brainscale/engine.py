@@ -26,20 +26,23 @@ Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us:
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainscale.config import Config
@@ -47,6 +50,7 @@ from brainscale.distributed import World
 from brainscale.layers import Trunk
 from brainscale.optim import make_optimizer
 from brainscale.settings import InputError
+from brainscale.teacher import Owned, Teacher
 
 warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", FutureWarning)
 
@@ -195,6 +199,65 @@ def fill(
         parameter.data.copy_(value)
     else:
         safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def follow(engine: deepspeed.DeepSpeedEngine, student: nn.Module, teacher: nn.Module) -> Teacher:
+    """An average of a student's fp32 masters for a teacher of the same shape, whose parameters are frozen. Collective.
+
+    A rank owns, at stage 0, all of it; at 1 and 2 its part of each parameter group, which must hold nothing but the
+    student (`optim.make_optimizer` sees to it); at 3 its part of every parameter. The teacher computes with views of
+    its fp32 part where that is the whole, with views of what is gathered at stages 1 and 2; at stage 3 it is sharded as
+    the student is, and DeepSpeed gathers it block by block.
+    """
+    stage, rank, ranks = engine.zero_optimization_stage(), engine.global_rank, engine.world_size
+    pairs: list[tuple[Any, Any]] = list(zip(student.parameters(), teacher.parameters(), strict=True))
+    if stage == 0:
+        return Teacher(
+            [Owned([t], [t.shape], partial(torch.flatten, s.detach()), 0, 1) for s, t in pairs],
+            partial(_publish_whole, [t for _, t in pairs]),
+        )
+    if stage == 3:
+        shards = [Owned([t], [t.ds_shape], partial(safe_get_local_fp32_param, s), rank, ranks) for s, t in pairs]
+        return Teacher(shards, partial(_publish_shards, [t for _, t in pairs]))
+    twin, groups = {id(s): t for s, t in pairs}, []
+    for params, part in zip(engine.optimizer.bit16_groups, engine.optimizer.single_partition_of_fp32_groups):
+        if id(params[0]) in twin:
+            twins = [twin.pop(id(parameter)) for parameter in params]
+            groups.append(Owned(twins, [t.shape for t in twins], part.detach, rank, ranks))
+    assert not twin, "a parameter of the student is in no group of the optimizer"
+    return Teacher(groups, partial(_publish_groups, groups))
+
+
+def _publish_whole(parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
+    """Stage 0."""
+    for parameter, part in zip(parameters, parts):
+        parameter.data = part.view(parameter.shape)
+
+
+def _publish_groups(groups: list[Owned], parts: list[Tensor]) -> None:
+    """Stages 1 and 2: gather the parts in the model's type, and let the teacher's parameters be views of the whole."""
+    for group, part in zip(groups, parts):
+        old = group.parameters[0]
+        mine = part.to(old.device, old.dtype)
+        if group.ranks > 1:
+            whole = mine.new_empty(len(mine) * group.ranks)
+            dist.all_gather_into_tensor(whole, mine)
+            mine = whole
+        at = 0
+        for parameter, shape in zip(group.parameters, group.shapes):
+            parameter.data = mine[at : at + shape.numel()].view(shape)
+            at += shape.numel()
+
+
+def _publish_shards(parameters: list[Any], parts: list[Tensor]) -> None:
+    """Stage 3: put shards in place; parameters too small to be sharded, which stay gathered, are gathered anew."""
+    kept = [parameter for parameter in parameters if parameter.ds_persist]
+    if kept:
+        kept[0].partition(kept)
+    for parameter, part in zip(parameters, parts):
+        parameter.ds_tensor.data.copy_(part)
+    if kept:
+        kept[0].all_gather(kept)
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:

@@ -26,9 +26,8 @@ from brainscale.geometry import Zyx, patchify
 from brainscale.loader import Batch, Reader
 from brainscale.mae import Mae, assemble, patch_deviation
 from brainscale.masking import Masks, draw_masks
-from brainscale.metrics import PARTS
+from brainscale.objective import Objective
 from brainscale.provenance import write_text
-from brainscale.regularizers import full_weight
 from brainscale.sampling import Draw
 
 FIRST_INDEX = 2**62
@@ -68,8 +67,7 @@ class Holdout:
         """The `number`-th held-out volume under its `mask_number`-th mask."""
         index = FIRST_INDEX + number + mask_number * len(self.rows)
         batch = self.reader.batch([Draw(index, int(self.rows[number]), self._centre(), False)])
-        tokens = int(np.prod(self.reader.grid_zyx))
-        masks = draw_masks(self.config.mask, self.config.seed, batch.sample_index, tokens)
+        masks = draw_masks(self.config, batch.sample_index, batch.foreground, self.reader.grid_zyx)
         return Case(batch.to(device), masks.to(device))
 
     def other_subject(self, number: int) -> int | None:
@@ -85,24 +83,24 @@ class Holdout:
         return z, y, x
 
     @torch.no_grad()
-    def evaluate(self, model: Mae, device: torch.device, step: int, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, model: Objective, device: torch.device, step: int, folder: Path | None) -> dict[str, float]:
         """Mean losses over the held-out volumes, for the metrics line; writes spectra and pictures under `folder`, if
         one is given."""
         model.eval()
-        weight = full_weight(self.config.spectral)
         losses, spectra, pictures = [], [], []
         for number in range(len(self.rows)):
             case = self.case(number, device)
-            out = model(case.batch, case.masks, weight)
-            losses.append([float(out.loss), float(out.pixel_loss), float(out.spectral_loss)])
+            losses.append([float(part) for part in model(case.batch, case.masks, None)])
+            if not isinstance(model, Mae):
+                continue
             true, mosaic, masked = volumes(model, case)
             spectra.append(np.stack([radial_power(true), radial_power(mosaic), radial_power(mosaic - true)]))
             if number < self.config.log.pictures:
                 pictures.append(planes(np.stack([true, masked, np.where(np.isnan(masked), mosaic, np.nan), mosaic])))
         model.train()
         means = np.mean(losses, axis=0).tolist()
-        scores = {f"holdout_{part}": value for part, value in zip(PARTS, means) if not np.isnan(value)}
-        if folder is None:
+        scores = {f"holdout_{part}": value for part, value in zip(model.parts, means) if not np.isnan(value)}
+        if folder is None or not isinstance(model, Mae):
             return scores
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"{plane}_{i}": p[plane] for i, p in enumerate(pictures) for plane in p}

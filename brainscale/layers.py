@@ -105,7 +105,7 @@ class Trunk(nn.Module):
             angles = rope_angles(self.coordinates[ids_BK], self.head_width)[:, None]
             turn = angles.cos().to(x_BKC.dtype), angles.sin().to(x_BKC.dtype)
         for block in self.blocks:
-            if self.recompute and self.training:
+            if self.recompute and self.training and torch.is_grad_enabled():
                 x_BKC = checkpoint(block, x_BKC, turn, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BKC = block(x_BKC, turn)

@@ -1,4 +1,4 @@
-"""What a run measures: means on the device, one JSON line per logged step, TensorBoard beside it.
+"""What a run measures: means on the device, one JSON line per logged step, trackers beside it.
 
 `metrics.jsonl` is the truth. Floats are written by `repr`, so two runs compare bit for bit.
 """
@@ -6,7 +6,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
+from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.geometry import Zyx
-from brainscale.mae import Output
+from brainscale.objective import Output
 from brainscale.provenance import write_text
+from brainscale.trackers import Trackers
 
-PARTS = ("loss", "pixel_loss", "spectral_loss")
 PEAK_BF16_FLOPS = {"NVIDIA H200": 788e12}
 """Dense bf16 matrix rate measured on the named GPU, the denominator of MFU; other GPUs report none."""
 
@@ -30,18 +30,19 @@ PEAK_BF16_FLOPS = {"NVIDIA H200": 788e12}
 class Meter:
     """Sums of an objective's outputs between two reads. Nothing leaves the device until `read`."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, parts: tuple[str, ...]) -> None:
+        """parts: names of the outputs, "loss" first."""
+        self.world, self.parts = world, parts
         self._zero()
 
     def _zero(self) -> None:
-        self.sums, self.counts = torch.zeros(2, len(PARTS), dtype=torch.float64, device=self.world.device)
+        self.sums, self.counts = torch.zeros(2, len(self.parts), dtype=torch.float64, device=self.world.device)
 
     def add(self, out: Output) -> None:
         """Count one micro-batch."""
-        values = torch.stack([getattr(out, part).detach() for part in PARTS]).double()
+        values = torch.stack([part.detach() for part in out]).double()
         skipped = torch.isnan(values)
-        skipped[:-1] = False  # only the spectral part may be left out of a step; another NaN is a fault and must show
+        skipped[0] = False  # parts may be left out of a step; the loss may not, and is NaN if a part in it is
         self.sums += values.masked_fill(skipped, 0.0)
         self.counts += ~skipped
 
@@ -61,15 +62,18 @@ class Meter:
         """Means over micro-batches and ranks since the last read; None for a part never computed. Collective."""
         sums, counts = self.total()
         self._zero()
-        return {part: total / count if count else None for part, total, count in zip(PARTS, sums, counts)}
+        return {part: total / count if count else None for part, total, count in zip(self.parts, sums, counts)}
 
 
 class Writer:
-    """Appends metric lines on rank 0 and mirrors their numbers to TensorBoard."""
+    """Appends metric lines on rank 0 and passes their numbers on to the trackers."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(
+        self, run_dir: Path, step: int, config: Config | None = None, say: Callable[[str], None] = print
+    ) -> None:
         """step: the step resumed from. Lines and held-out files of later steps, and a line torn by a kill, are what a
-        killed process left: this one makes them again, so they go."""
+        killed process left: this one makes them again, so they go. config: `log.trackers` of it is used, and all of it
+        is told to them. say: tells a person a sentence. Raises InputError when the package of a tracker is missing."""
         self.path = run_dir / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for at, line in read(self.path).items() if at <= step]
         write_text(self.path, "".join(kept))
@@ -77,7 +81,8 @@ class Writer:
             if int(file.name[5:13]) > step:
                 file.unlink()
         (run_dir / "reconstruction.json").unlink(missing_ok=True)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        config = config or Config()
+        self.trackers = Trackers(config.log.trackers, run_dir, step, config.model_dump(mode="json"), say)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it must carry "step"."""
@@ -85,13 +90,12 @@ class Writer:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                self.board.add_scalar(name, value, line["step"])
+        numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+        self.trackers.log(line["step"], numbers)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
-        self.board.close()
+        """Let the trackers finish; returns within seconds even where one hangs."""
+        self.trackers.close()
 
 
 class Clock:
@@ -151,7 +155,7 @@ class Voice:
     def line(self, text: str) -> None:
         """Say a sentence (rank 0 only)."""
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         elif self.speaks:
             print(text, flush=True)
 

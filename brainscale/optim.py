@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from brainscale.config import Config
+from brainscale.jepa import Jepa
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -26,14 +27,20 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(model: nn.Module, config: Config, stage: int) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (biases, norms and learned vectors have none). stage: ZeRO's, 0 to 3."""
+    """AdamW; weight decay on matrices only (biases, norms and learned vectors have none). stage: ZeRO's, 0 to 3.
+
+    An encoder that a teacher follows has groups of its own: what a rank owns of a group is then the student's alone.
+    """
     settings = config.optim
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = named[0][1].device.type == "cuda"
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    followed = {id(parameter) for parameter in model.encoder.parameters()} if isinstance(model, Jepa) else set()
+    groups: list[dict[str, object]] = []
+    for with_teacher in (True, False):
+        members = [parameter for parameter in trained if (id(parameter) in followed) == with_teacher]
+        matrices, vectors = [p for p in members if p.ndim >= 2], [p for p in members if p.ndim < 2]
+        groups += [{"params": matrices, "weight_decay": settings.weight_decay}] if matrices else []
+        groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+    fused = trained[0].device.type == "cuda"
     options = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "fused": fused}
     if stage == 0:
         return GuardedAdamW(groups, config.train.grad_clip, **options)

@@ -14,11 +14,10 @@ import torch
 
 from brainscale import checkpoint_files as files
 from brainscale import engine as deep
-from brainscale import health, metrics, session
+from brainscale import metrics, nonfinite, session
 from brainscale.config import Config
 from brainscale.distributed import World, broadcast, gather
 from brainscale.masking import draw_masks
-from brainscale.regularizers import spectral_weight
 from brainscale.schedules import learning_rate
 from brainscale.settings import InputError, load
 from brainscale.train import compute
@@ -64,9 +63,7 @@ def replay(run_dir: Path, step: int, world: World, overrides: tuple[str, ...] = 
         spoiled.clear()
         first = run.state.cursor + (number - begun) * config.train.global_batch_volumes
         mine = losses(run, first, number) if number == step - 1 else []
-        deep.set_learning_rate(run.engine, learning_rate(
-            number, config.optim.lr, config.optim.final_lr_fraction, config.optim.warmup_steps, config.train.num_steps
-        ))  # fmt: skip
+        deep.set_learning_rate(run.engine, learning_rate(config.optim, number, config.train.num_steps))
         computed = compute(run, batches, number, watch, clock)
         if not run.engine.was_step_applied():
             deep.forget_gradients(run.engine)
@@ -87,7 +84,7 @@ def replay(run_dir: Path, step: int, world: World, overrides: tuple[str, ...] = 
 
 def state_before(run_dir: Path, step: int) -> Path | None:
     """The newest intact state in which fewer than `step` steps are finished; None where only the beginning is left."""
-    roots = (run_dir / "checkpoints", health.folder(run_dir))
+    roots = (run_dir / "checkpoints", nonfinite.folder(run_dir))
     states = [path for root in roots for path in files.directories(root) if files.step_of(path) < step]
     return next((p for p in sorted(states, key=files.step_of, reverse=True) if files.damage(p) is None), None)
 
@@ -101,9 +98,9 @@ def losses(run: session.Session, first: int, step: int) -> list[dict[str, Any]]:
     for number in range(run.accumulation):
         for drawn in run.loader.draws(first + number * stride):
             batch = reader.batch([drawn])
-            masks = draw_masks(config.mask, config.seed, batch.sample_index, run.tokens)
+            masks = draw_masks(config, batch.sample_index, batch.foreground, run.grid_zyx)
             device = run.world.device
-            out = run.model(batch.to(device), masks.to(device), spectral_weight(config.spectral, step))
+            out = run.model(batch.to(device), masks.to(device), step)
             scan = str(run.store.column("id")[reader.position[drawn.row]])
             found.append({"sample_index": drawn.index, "row": drawn.row, "id": scan, "loss": float(out.loss)})
     return found
@@ -123,7 +120,7 @@ def describe(found: Found, parameters: int) -> list[str]:
 
 def compare(run_dir: Path, step: int, found: Found) -> tuple[str, bool]:
     """A sentence on whether the step is what the run recorded, and the answer."""
-    record = health.folder(run_dir) / f"step-{step:08d}.json"
+    record = nonfinite.folder(run_dir) / f"step-{step:08d}.json"
     if record.is_file():
         suspects = set(json.loads(record.read_text())["suspects"])
         bad = {one["id"] for one in found.samples if not math.isfinite(one["loss"])}

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainscale import checkpoint, health, metrics, provenance, run_folder
+from brainscale import checkpoint, metrics, nonfinite, provenance, run_folder, trackers
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState, read_state, step_of
 from brainscale.config import Config
 from brainscale.distributed import World
+from brainscale.geometry import Zyx
 from brainscale.holdout import Holdout
+from brainscale.jepa import Jepa
 from brainscale.layers import initialise
 from brainscale.loader import Loader, Reader
-from brainscale.mae import Mae
-from brainscale.masking import masked_count
+from brainscale.masking import Coverage, masked_count
+from brainscale.objective import OBJECTIVES, Objective
 from brainscale.ops import choose, refuse
 from brainscale.store import Store
-
-OBJECTIVES = {"mae": Mae}
 
 
 @dataclass
@@ -35,14 +35,16 @@ class Session:
     holdout: Holdout | None
     accumulation: int
     state: TrainState
-    model: Mae
+    model: Objective
     engine: Any
     voice: metrics.Voice
 
+    coverage: Coverage
+
     @property
-    def tokens(self) -> int:
-        """Tokens of a volume."""
-        return int(np.prod(self.loader.reader.grid_zyx))
+    def grid_zyx(self) -> Zyx:
+        """Tokens of a volume along each axis."""
+        return self.loader.reader.grid_zyx
 
 
 def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str, ...] = ()) -> Session | None:
@@ -50,9 +52,10 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
 
     The run folder must be held. Raises InputError for settings or data that cannot work.
     """
+    trackers.require(config.log.trackers)
     found = checkpoint.newest(run_dir / "checkpoints", world)
     if world.is_first:
-        health.forget_after(run_dir, step_of(found) if found else 0)
+        nonfinite.forget_after(run_dir, step_of(found) if found else 0)
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
@@ -97,13 +100,16 @@ def build(
     model = OBJECTIVES[config.objective](config, reader.volume_zyx)
     initialise(model, torch.Generator().manual_seed(config.seed))
     engine = deep.start(model, config, world)
+    if isinstance(model, Jepa):
+        model.average = deep.follow(engine, model.encoder, model.teacher)
     if found is not None and saved is not None:
         checkpoint.load(engine, found)
         before = "" if topology(saved) == topology(state) else f", saved by {topology(saved)}"
         voice.line(f"resumed from {found} at step {state.step}{before}")
     loader = Loader(reader, train_rows, config, world.rank, world.size, micro)
     holdout = Holdout(reader, held_rows, train_rows, config) if len(held_rows) else None
-    return Session(config, run_dir, world, store, loader, holdout, accumulation, state, model, engine, voice)
+    coverage = Coverage(int(np.prod(reader.grid_zyx)))
+    return Session(config, run_dir, world, store, loader, holdout, accumulation, state, model, engine, voice, coverage)
 
 
 def topology(state: TrainState) -> str:

@@ -5,18 +5,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from brainscale import checkpoint, distributed, health, metrics, run_folder, stopping
+from brainscale import checkpoint, distributed, health, metrics, nonfinite, run_folder, stopping
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
 from brainscale.config import Checkpoint, Config
 from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
-from brainscale.health import MicroBatch
 from brainscale.loader import Batch
-from brainscale.mae import Output, mae_flops
-from brainscale.masking import draw_masks, masked_count
-from brainscale.regularizers import spectral_weight
+from brainscale.mae import Mae
+from brainscale.masking import draw_masks
+from brainscale.nonfinite import MicroBatch
 from brainscale.schedules import due, learning_rate
 from brainscale.session import Session, prepare
 from brainscale.settings import InputError
@@ -69,21 +69,26 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     """The steps from the session's state to the end. Raises as `run` does."""
     config, state, world, engine = session.config, session.state, session.world, session.engine
     run_dir, voice, volume_zyx = session.run_dir, session.voice, session.loader.reader.volume_zyx
-    samples, masked = config.train.global_batch_volumes, masked_count(config.mask.fraction, session.tokens)
-    meter, clock = metrics.Meter(world), metrics.Clock(state.step, state.time_s)
-    writer = metrics.Writer(run_dir, state.step) if world.is_first else None
+    samples = config.train.global_batch_volumes
+    meter, clock = metrics.Meter(world, session.model.parts), metrics.Clock(state.step, state.time_s)
+    writer = metrics.Writer(run_dir, state.step, config, voice.line) if world.is_first else None
     saver = checkpoint.Saver(engine, run_dir / "checkpoints", world, config.checkpoint)
     deadline = stopping.Deadline(config.train.stop_after_min, stopping.job_end_s(voice.line) if writer else None)
     agreement = distributed.Agreement(world)
     batches = session.loader.batches(state.cursor)
-    first, why, evaluate_s = state.step, agreement.vote(stop.number), 0.0
+    first, why, evaluate_s, collapse = state.step, agreement.vote(stop.number), 0.0, ""
     meter.resume(state.meter)
+    monitor = health.Monitor(config)
+    monitor.resume(metrics.read(run_dir / "metrics.jsonl"))
+    reader, rows = session.loader.reader, session.loader.rows
+    probe = health.Probe(reader, rows, config) if config.health.probe_every_steps else None
+    if probe is not None and state.step == 0:
+        with watch.patience(0, "evaluate", config.health.first_timeout_s):
+            examine(session, probe, monitor, 0, writer)
 
     for step in range(first, config.train.num_steps):
         begin, before = time.monotonic(), state
-        lr = learning_rate(
-            step, config.optim.lr, config.optim.final_lr_fraction, config.optim.warmup_steps, config.train.num_steps
-        )
+        lr = learning_rate(config.optim, step, config.train.num_steps)
         deep.set_learning_rate(engine, lr)
         computed = compute(session, batches, step, watch, clock)
         state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
@@ -107,12 +112,14 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         planned = due(state.step, config.checkpoint.every_steps) or last
 
         if due(state.step, config.log.every_steps) or planned or gives_up:
-            line = {
+            line: dict[str, Any] = {
                 "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
-                "samples": state.step * samples, "mask_fraction": masked / session.tokens,
-                "skipped_steps": state.skipped,
-                **clock.read(state.step, samples, volume_zyx, mae_flops(config, session.loader.reader.grid_zyx), world),
+                "samples": state.step * samples, "skipped_steps": state.skipped, **session.coverage.read(),
+                **clock.read(state.step, samples, volume_zyx, session.model.flops(), world),
             }  # fmt: skip
+            if spike := monitor.spike(line["grad_norm"]):
+                line["warnings"] = {"spike": spike}
+                voice.line(f"WARNING, step {state.step}: {spike}")
             if writer is not None:
                 writer.write(line)
             voice.step(line)
@@ -122,6 +129,11 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
             with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
                 evaluate(session, state.step, writer, last)
             evaluate_s = max(evaluate_s, time.monotonic() - since)
+
+        if probe is not None and (due(state.step, config.health.probe_every_steps) or last):
+            with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
+                collapse = examine(session, probe, monitor, state.step, writer)
+            ends = ends or bool(collapse)
 
         if (planned or ends) and not gives_up:
             state = replace(state, meter=meter.total())
@@ -140,10 +152,13 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     if state.skipped_in_a_row >= config.health.max_skipped_in_a_row:
         raise TrainingStopped(
             f"{state.skipped_in_a_row} steps in a row were not finite, up to step {state.step}: "
-            f"{health.folder(run_dir)} names the scans, brainscale replay {run_dir} {state.step} shows their losses. "
+            f"{nonfinite.folder(run_dir)} names the scans, brainscale replay {run_dir} {state.step} shows their "
+            "losses. "
             "Mend the data, lower optim.lr with --allow-change optim.lr, or go past them with a larger "
             "health.max_skipped_in_a_row"
         )
+    if collapse:
+        raise TrainingStopped(f"after step {state.step}, which is saved, {collapse} (health.stop_on_collapse)")
     if why and state.step < config.train.num_steps:
         raise StoppedEarly(
             f"stopped by {stopping.reason(why)} after step {state.step} of {config.train.num_steps}, which is saved; "
@@ -164,23 +179,24 @@ def compute(
         with clock.span("data_s"):
             batch, _ = next(batches)
         watch.at(step + 1, "forward")
-        masks = draw_masks(config.mask, config.seed, batch.sample_index, session.tokens)
-        out = engine(batch.to(device), masks.to(device), spectral_weight(config.spectral, step))
+        masks = draw_masks(config, batch.sample_index, batch.foreground, session.grid_zyx)
+        session.coverage.add(masks, batch.foreground)
+        out = engine(batch.to(device), masks.to(device), step)
         watch.at(step + 1, "backward")
         fault_point("step.backward")
-        engine.backward(health.guarded(out.loss))
+        engine.backward(nonfinite.guarded(out.loss))
         engine.step()
-        computed.append(MicroBatch(batch.sample_index, batch.row, Output(*(part.detach() for part in out))))
+        computed.append(MicroBatch(batch.sample_index, batch.row, out._make(part.detach() for part in out)))
     return computed
 
 
 def leave_out(session: Session, before: TrainState, computed: list[MicroBatch]) -> None:
     """Collective: record a step that was not finite; the state before the first of a row is kept, for `replay`."""
     deep.forget_gradients(session.engine)
-    found = health.record(session.run_dir, before.step + 1, computed, session.store, session.world)
-    session.voice.line(health.sentence(found))
+    found = nonfinite.record(session.run_dir, before.step + 1, computed, session.store, session.world)
+    session.voice.line(nonfinite.sentence(found))
     if before.skipped_in_a_row == 0:
-        root = health.folder(session.run_dir)
+        root = nonfinite.folder(session.run_dir)
         save(checkpoint.Saver(session.engine, root, session.world, Checkpoint()), before, True)
 
 
@@ -213,6 +229,25 @@ def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -
         raise failed.error from failed
 
 
+def examine(
+    session: Session, probe: health.Probe, monitor: health.Monitor, step: int, writer: metrics.Writer | None
+) -> str:
+    """Collective: the monitors' numbers and warnings into the metrics. Returns why the run should end, or "". Who
+    computes: as in `evaluate`."""
+    collapse = ""
+    if writer is not None or session.state.zero_stage == 3:
+        found = probe.examine(session.model, session.world.device)
+        signs, again = monitor.probe(step, found)
+        if writer is not None:
+            warned = {"warnings": signs, "collapse": sorted(signs)} if signs else {}
+            writer.write({"step": step, **found, **warned})
+        for sentence in signs.values():
+            session.voice.line(f"WARNING, step {step}: {sentence}")
+        if session.config.health.stop_on_collapse and again:
+            collapse = signs[min(again)]
+    return distributed.broadcast(collapse, session.world)
+
+
 def evaluate(session: Session, step: int, writer: metrics.Writer | None, last: bool) -> None:
     """Collective: held-out losses, and at the end reconstruction errors. Rank 0 computes and writes; with weights that
     are sharded (stage 3) all ranks compute, since each forward pass gathers them."""
@@ -223,7 +258,7 @@ def evaluate(session: Session, step: int, writer: metrics.Writer | None, last: b
         if writer is not None:
             writer.write({"step": step, **scores})
         session.voice.line(f"step {step}: held-out loss {scores['holdout_loss']:.4f}")
-        if last:
+        if last and isinstance(session.model, Mae):
             errors = holdout.reconstruction_errors(
                 session.model, device, step, folder and folder / "reconstruction.json"
             )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from brainscale.config import ModelSettings
 from brainscale.geometry import Zyx, token_coordinates
 from brainscale.layers import Trunk, block_flops
+from brainscale.masking import Masks
 
 
 class Encoder(nn.Module):
@@ -26,7 +27,36 @@ class Encoder(nn.Module):
         return self.trunk(self.embed(patches_BKP), ids_BK)
 
 
+class Decoder(nn.Module):
+    """Encoded visible tokens in, one vector for each masked token out: MAE's decoder (voxels) and JEPA's predictor
+    (the teacher's tokens). A module of its own, since ZeRO stage 3 gathers weights when their module is called."""
+
+    def __init__(
+        self, settings: ModelSettings, grid_zyx: Zyx, width: int, depth: int, heads: int, outputs: int
+    ) -> None:
+        """settings: of the encoder; width, depth, heads: of the decoder's own blocks; outputs: length of a vector."""
+        super().__init__()
+        self.embed = nn.Linear(settings.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.trunk = Trunk(width, depth, heads, torch.from_numpy(token_coordinates(grid_zyx)), settings.position)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, encoded_BKC: Tensor, masks: Masks) -> Tensor:
+        """(B,Kv,C) → (B,Km,outputs)."""
+        seen = self.embed(encoded_BKC)
+        hidden = self.mask_token.expand(*masks.masked.shape, -1).to(seen.dtype)
+        ids = torch.cat((masks.visible, masks.masked), dim=1)
+        decoded = self.trunk(torch.cat((seen, hidden), dim=1), ids)
+        return self.head(decoded[:, masks.visible.shape[1] :])
+
+
 def encoder_flops(settings: ModelSettings, tokens: int) -> int:
     """Forward FLOPs of one sample with `tokens` tokens."""
     z, y, x = settings.patch_voxels_zyx
     return 2 * tokens * z * y * x * settings.width + settings.depth * block_flops(tokens, settings.width)
+
+
+def decoder_flops(encoder_width: int, width: int, depth: int, tokens: int, masked: int, outputs: int) -> int:
+    """Forward FLOPs of one sample: `masked` of `tokens` tokens are predicted."""
+    ends = 2 * (tokens - masked) * encoder_width * width + 2 * masked * width * outputs
+    return ends + depth * block_flops(tokens, width)

@@ -61,6 +61,8 @@ every_steps = 1
 holdout_every_steps = 20
 holdout_volumes = 2
 pictures = 1
+[health]
+probe_every_steps = 0
 """
 
 

@@ -29,6 +29,11 @@ def test_misspelt_key_names_the_right_one():
         ("objective=jepb", "objective"),
         ("optim.warmup_steps=100000", "below train.num_steps"),
         ("checkpoint.keep_last=1", "checkpoint.keep_last"),
+        ("optim.cooldown_steps=10", 'needs optim.schedule = "cooldown"'),
+        ("regularizer.kind=vcr", 'is for objective = "jepa"; set it to'),
+        ("mask.block_fractions=[[0.5,0.2]]", "pairs that rise within 0..1"),
+        ("mask.block_aspect=[2.0,1.0]", "must rise and be positive"),
+        ("jepa.predictor_heads=7", "even multiple of its 7 heads"),
     ],
 )
 def test_bad_values_are_one_sentence(override, part):
@@ -36,6 +41,15 @@ def test_bad_values_are_one_sentence(override, part):
         load(Config, None, ("seed=1", override))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_contradict_each_other():
+    both = ("objective=jepa", "regularizer.kind=vcr", "regularizer.compat=paper")
+    with pytest.raises(InputError, match=r"masks are drawn per sample; set mask\.shared = true"):
+        load(Config, None, both)
+    assert load(Config, None, (*both, "mask.shared=true")).regularizer.compat == "paper"
+    with pytest.raises(InputError, match=r"set mask\.shared = false"):
+        load(Config, None, ("mask.shared=true", "mask.foreground_aware=true"))
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -78,7 +92,10 @@ def test_plan_hash_depends_on_every_setting():
     assert len(hashes) == len(others) + 1
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.name)
+RUNS = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name != "prep")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_shipped_configs_say_what_they_are_and_dry_run(path):
     head = path.read_text(encoding="utf-8").split("\nobjective")[0]
     assert "# Run:" in head and "# Came out:" in head

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brainscale.config import Optim
 from brainscale.geometry import (
     mm_to_voxel,
     patchify,
@@ -15,7 +16,7 @@ from brainscale.geometry import (
     unpatchify,
     voxel_to_mm,
 )
-from brainscale.schedules import due, learning_rate, linear_ramp
+from brainscale.schedules import due, learning_rate, linear, linear_ramp
 from brainscale.settings import InputError
 
 SMALL = st.tuples(*[st.integers(1, 4)] * 3)
@@ -62,9 +63,18 @@ def test_voxel_and_mm_are_inverse(seed):
 
 
 def test_learning_rate_at_exact_points():
-    rates = [learning_rate(step, 1.0, 0.1, 10, 110) for step in (0, 9, 10, 60, 110, 500)]
+    optim = Optim(lr=1.0, final_lr_fraction=0.1, warmup_steps=10)
+    rates = [learning_rate(optim, step, 110) for step in (0, 9, 10, 60, 110, 500)]
     np.testing.assert_allclose(rates, [0.1, 1.0, 1.0, 0.55, 0.1, 0.1])
-    assert learning_rate(0, 1.0, 0.1, 0, 10) == 1.0
+    assert learning_rate(Optim(lr=1.0, warmup_steps=0), 0, 10) == 1.0
+    cooled = optim.model_copy(update={"schedule": "cooldown", "cooldown_steps": 20})
+    rates = [learning_rate(cooled, step, 110) for step in (4, 10, 90, 100, 110, 500)]
+    np.testing.assert_allclose(rates, [0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_a_linear_schedule_ends_at_the_last_step():
+    assert [linear(step, 0.5, 1.0, 5) for step in (0, 2, 4, 9)] == [0.5, 0.75, 1.0, 1.0]
+    assert linear(0, 0.5, 1.0, 1) == 0.5
 
 
 def test_ramp_and_due():

@@ -24,9 +24,10 @@ ORDER = [
         "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
-        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "optim", "engine",
-        "checkpoint_files", "checkpoint", "health", "metrics", "run_folder", "watch", "holdout", "session", "train",
-        "figures", "qc_scans", "qc_figures", "qc", "report", "doctor",
+        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
+        "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
+        "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
+        "qc_figures", "qc", "report", "doctor",
         "replay", "cli_data", "cli_bench", "cli_runs", "cli",
     )),
     "brainscale.__main__",

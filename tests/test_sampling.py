@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainscale.config import Mask
+from brainscale.config import Config, Mask
 from brainscale.masking import draw_masks, masked_count
 from brainscale.sampling import draw, epoch_order, held_out, words
 from brainscale.settings import InputError
@@ -59,9 +60,14 @@ def test_one_subject_cannot_be_split():
     assert not held_out(np.array(["a", "a"]), 0.0, 0).any()
 
 
+def masks_of(index, tokens, seed, fraction=0.75):
+    config = Config(seed=seed, mask=Mask(fraction=fraction))
+    return draw_masks(config, index, torch.ones(len(index), tokens), (tokens, 1, 1))
+
+
 @given(st.floats(0.05, 0.95), st.integers(20, 400), st.integers(0, 2**31), st.integers(0, 2**62))
 def test_mask_counts_are_exact_and_disjoint(fraction, tokens, seed, index):
-    masks = draw_masks(Mask(fraction=fraction), seed, np.array([index, index + 1]), tokens)
+    masks = masks_of(np.array([index, index + 1]), tokens, seed, fraction)
     assert masks.masked.shape == (2, round(fraction * tokens))
     for visible, masked in zip(masks.visible.tolist(), masks.masked.tolist()):
         assert sorted(visible + masked) == list(range(tokens))
@@ -69,16 +75,16 @@ def test_mask_counts_are_exact_and_disjoint(fraction, tokens, seed, index):
 
 def test_every_cell_is_equally_likely():
     """Counts over 4,000 masks stay within 5 standard deviations of the binomial for each of 60 cells."""
-    masked = draw_masks(Mask(fraction=0.75), 3, np.arange(4000), 60).masked
+    masked = masks_of(np.arange(4000), 60, seed=3).masked
     counts = np.bincount(masked.numpy().reshape(-1), minlength=60)
     assert np.abs(counts - 3000).max() < 5 * np.sqrt(4000 * 0.75 * 0.25)
 
 
 def test_masks_depend_on_seed_and_index_alone():
-    one, two = (draw_masks(Mask(), 1, np.array([5, 9]), 100), draw_masks(Mask(), 1, np.array([9]), 100))
+    one, two = (masks_of(np.array([5, 9]), 100, seed=1), masks_of(np.array([9]), 100, seed=1))
     assert one.masked[1].tolist() == two.masked[0].tolist()
     assert one.masked[0].tolist() != one.masked[1].tolist()
-    assert draw_masks(Mask(), 2, np.array([9]), 100).masked[0].tolist() != two.masked[0].tolist()
+    assert masks_of(np.array([9]), 100, seed=2).masked[0].tolist() != two.masked[0].tolist()
 
 
 @pytest.mark.parametrize(("fraction", "tokens"), [(0.01, 10), (0.99, 10)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from brainscale.config import Mask
+from brainscale.config import Config, Mask
 from brainscale.geometry import Zyx, patchify, token_grid, unpatchify
 from brainscale.masking import draw_masks
 from brainscale_kernels.patch_gather import Stored, patch_gather, patch_gather_reference
@@ -49,7 +49,8 @@ def make_inputs(volume_zyx: Zyx, patch_zyx: Zyx, batch: int, seed: int, device: 
     """Random int16 volumes, clipped at three standard deviations, masks as in training and random predictions."""
     draw = torch.Generator(device).manual_seed(seed)
     voxels, tokens = math.prod(patch_zyx), math.prod(volume_zyx) // math.prod(patch_zyx)
-    masks = draw_masks(MASK, seed, np.arange(batch), tokens).to(device)
+    config, index, grid = Config(mask=MASK, seed=seed), np.arange(batch), token_grid(volume_zyx, patch_zyx)
+    masks = draw_masks(config, index, torch.ones(batch, tokens), grid).to(device)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=device)

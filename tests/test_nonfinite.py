@@ -13,7 +13,7 @@ from processes import finish, run_ranks, start_function
 from brainscale import checkpoint_files as files
 from brainscale import metrics
 from brainscale.checkpoint_files import Reader
-from brainscale.health import guarded
+from brainscale.nonfinite import guarded
 
 BAD = "sub-08_ses-1_T1w"
 """A scan whose voxels become NaN when they are normalised."""
