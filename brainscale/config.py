@@ -302,8 +302,9 @@ class Health(Model):
     min_rank_fraction: float = Field(default=0.5, ge=0, le=1)
     """Warn when the effective rank is below this share of its value at step 0."""
     min_gap: float = Field(default=0.05, ge=0, le=1)
-    """Warn when predictions fit their own subject's targets hardly better than another's (relative to how much the
-    two differ), once the warm-up is over."""
+    """Warn when predictions are hardly nearer to their own subject's targets than to another's (`gap`), from
+    `gap_after_steps` on: a healthy run takes a while to look at the subject."""
+    gap_after_steps: int = Field(default=2000, ge=0)
     max_spike: float = Field(default=10.0, gt=1)
     """Warn when the gradient norm is this many times its running median."""
     stop_on_collapse: bool = False

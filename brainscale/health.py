@@ -241,7 +241,7 @@ class Monitor:
                 f"embeddings fill {now:.1f} dimensions, of {start:.1f} with random weights (health.min_rank_fraction "
                 f"{settings.min_rank_fraction}): they lose dimensions; {REMEDY[self.config.objective]}"
             )
-        if step > self.config.optim.warmup_steps and found["gap"] is not None and found["gap"] < settings.min_gap:
+        if step >= settings.gap_after_steps and found["gap"] is not None and found["gap"] < settings.min_gap:
             signs["gap"] = (
                 f"predictions depend on position only: they fit another subject's targets as well as their own (gap "
                 f"{found['gap']:.3f}, health.min_gap {settings.min_gap}); try a smaller mask.fraction or smaller "
