@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FULL
-from processes import finish, start_function
+from conftest import FULL, losses
+from processes import finish, run_ranks, start_function
+from safetensors.torch import load_file
 
-from brainscale import distributed, metrics, session, watch
+from brainscale import checkpoint, distributed, metrics, session, watch
 from brainscale import engine as deep
 from brainscale.config import Config
 from brainscale.settings import load
@@ -100,3 +101,72 @@ def check(stage, ranks, settings, tiny_store, tiny_config, tmp_path, steps, mome
         assert max(found["errors"]) <= 1e-5, found["errors"]
         assert min(found["moved"]) > 1e-4, "every weight of the teacher has moved"
         assert all(found["computed"]) and found["frozen"]
+
+
+# ------------------------------------------------------------------------------------------- kills and resumes
+
+
+def pretrain(tiny_store, tiny_config, run, *overrides, ranks=1, faults="", code=0):
+    return run_ranks(
+        "pretrain", tiny_config, *JEPA, "regularizer.kind=vcr", "jepa.momentum=0.9", f"data.store={tiny_store}",
+        f"run.dir={run}", "train.num_steps=12", *overrides, ranks=ranks, faults=faults, logs=run.with_suffix(".logs"),
+        code=code,
+    )  # fmt: skip
+
+
+def weights(run, step=12):
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "settings"),
+    [
+        (1, 1, ()),
+        pytest.param(2, 2, BF16, marks=pytest.mark.slow),
+        pytest.param(3, 2, BF16, marks=pytest.mark.slow),
+        pytest.param(0, 1, (), marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_teacher(stage, ranks, settings, tiny_store, tiny_config, tmp_path):
+    settings = (*settings, f"zero.stage={stage}")
+    pretrain(tiny_store, tiny_config, tmp_path / "unbroken", *settings, ranks=ranks)
+    pretrain(
+        tiny_store, tiny_config, tmp_path / "killed", *settings, ranks=ranks, faults="step.backward:kill@hit=7", code=-9
+    )
+    assert not (tmp_path / "killed" / "checkpoints" / "step-00000012").exists()
+    pretrain(tiny_store, tiny_config, tmp_path / "killed", *settings, ranks=ranks)
+    one, two = weights(tmp_path / "unbroken"), weights(tmp_path / "killed")
+    assert one.keys() == two.keys() and any(name.startswith("teacher.") for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one), "bit for bit"
+    assert losses(tmp_path / "unbroken") == losses(tmp_path / "killed")
+    assert not any(torch.equal(one[f"teacher.{n}"], one[f"encoder.{n}"]) for n in ("embed.weight", "trunk.norm.weight"))
+
+
+def reload(config_path: Path, overrides: tuple[str, ...], source: Path, folder: Path) -> None:
+    """Load a checkpoint at this number of ranks and stage, and save what was loaded again."""
+    world = distributed.find()
+    distributed.start(world)
+    config = load(Config, config_path, overrides)
+    run = session.build(config, folder / "run", world, source)
+    assert run is not None
+    saver = checkpoint.Saver(run.engine, folder / "again", world, config.checkpoint)
+    saver.save(run.state, wait=True)
+    distributed.wait(world)
+
+
+OTHER = [(3, 2), (2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (1, 4), (3, 4)))]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), OTHER)
+def test_a_teacher_is_the_same_at_another_world_size(stage, ranks, tiny_store, tiny_config, tmp_path):
+    batch = ("train.global_batch_volumes=12", "train.micro_batch_volumes=12")
+    pretrain(tiny_store, tiny_config, tmp_path / "run", *BF16, *batch, "train.num_steps=8")
+    overrides = (
+        *JEPA, "regularizer.kind=vcr", "jepa.momentum=0.9", "train.num_steps=8", f"data.store={tiny_store}", *BF16,
+        *batch, f"zero.stage={stage}",
+    )  # fmt: skip
+    source = tmp_path / "run" / "checkpoints" / "step-00000004"
+    function = partial(reload, tiny_config, overrides, source, tmp_path)
+    finish(start_function(function, ranks=ranks, logs=tmp_path))
+    one, two = weights(tmp_path / "run", 4), load_file(tmp_path / "again" / "step-00000004" / "weights.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
