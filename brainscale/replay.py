@@ -57,7 +57,8 @@ def replay(run_dir: Path, step: int, world: World, overrides: tuple[str, ...] = 
     begun, watch = run.state.step, Watch(world, run_dir, config.health.first_timeout_s)
     batches, clock = run.loader.batches(run.state.cursor), metrics.Clock(begun, 0.0)
     spoiled: set[str] = set()
-    for name, parameter in run.model.named_parameters():
+    trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
         parameter.register_hook(_note(name, spoiled))
     for number in range(begun, step):
         spoiled.clear()
@@ -65,7 +66,9 @@ def replay(run_dir: Path, step: int, world: World, overrides: tuple[str, ...] = 
         mine = losses(run, first, number) if number == step - 1 else []
         deep.set_learning_rate(run.engine, learning_rate(config.optim, number, config.train.num_steps))
         computed = compute(run, batches, number, watch, clock)
-        if not run.engine.was_step_applied():
+        if run.engine.was_step_applied():
+            run.model.after_step(number)
+        else:
             deep.forget_gradients(run.engine)
     batches.close()
     means = gather(sum(float(micro.out.loss) for micro in computed) / len(computed), world)
@@ -76,10 +79,9 @@ def replay(run_dir: Path, step: int, world: World, overrides: tuple[str, ...] = 
     )  # fmt: skip
     watch.close()
     run.voice.close()
-    total = sum(1 for _ in run.model.named_parameters())
     words, agrees = compare(run_dir, step, found)
     origin = f"{start} ({step - 1 - begun} step(s) before it done again)" if start else "the beginning"
-    return "\n".join((f"step {step} of {run_dir}, from {origin}", *describe(found, total), words)), agrees
+    return "\n".join((f"step {step} of {run_dir}, from {origin}", *describe(found, len(trained)), words)), agrees
 
 
 def state_before(run_dir: Path, step: int) -> Path | None:
@@ -91,8 +93,10 @@ def state_before(run_dir: Path, step: int) -> Path | None:
 
 @torch.no_grad()
 def losses(run: session.Session, first: int, step: int) -> list[dict[str, Any]]:
-    """This rank's samples of a step and the loss of each alone. first: the step's first global sample index."""
+    """This rank's samples of a step and the loss of each alone, without a regularizer, which takes several. first: the
+    step's first global sample index."""
     config, reader = run.config, run.loader.reader
+    asked = step if config.regularizer.kind == "none" else None
     stride = run.loader.micro_batch * run.world.size
     found = []
     for number in range(run.accumulation):
@@ -100,7 +104,7 @@ def losses(run: session.Session, first: int, step: int) -> list[dict[str, Any]]:
             batch = reader.batch([drawn])
             masks = draw_masks(config, batch.sample_index, batch.foreground, run.grid_zyx)
             device = run.world.device
-            out = run.model(batch.to(device), masks.to(device), step)
+            out = run.model(batch.to(device), masks.to(device), asked)
             scan = str(run.store.column("id")[reader.position[drawn.row]])
             found.append({"sample_index": drawn.index, "row": drawn.row, "id": scan, "loss": float(out.loss)})
     return found

@@ -119,6 +119,13 @@ def check_resume(saved: TrainState, now: TrainState, allow_change: tuple[str, ..
             f"settings differ from those of the run being resumed ({'; '.join(refused)}); restore them, choose another "
             "run.dir, or permit it with --allow-change KEY"
         )
+    before, after = (state.micro_batch_volumes * state.world_size for state in (saved, now))
+    if before != after and now.config["regularizer"]["kind"] != "none" and "regularizer" not in allow_change:
+        raise InputError(
+            f"the regularizer looks at {after} volumes at once (micro-batch × ranks), and looked at {before} in the "
+            f"run being resumed, which is another loss; set train.micro_batch_volumes = {before} // ranks, or permit "
+            "it with --allow-change regularizer"
+        )
     if saved.data_hash != now.data_hash and "data" not in allow_change:
         raise InputError(
             "the training scans are not those of the run being resumed, so the order of samples would break; use the "

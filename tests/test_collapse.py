@@ -127,7 +127,7 @@ TINY_RUN = (
     ROOT / "configs" / "jepa_vcr_tiny_cpu.toml", "model.patch_voxels_zyx=[8,8,8]", "model.width=48", "model.depth=2",
     "model.heads=2", "jepa.predictor_width=48", "jepa.predictor_depth=1", "jepa.momentum=0.98", "optim.lr=2e-3",
     "train.num_steps=200", "log.every_steps=20", "log.holdout_every_steps=1000", "checkpoint.every_steps=1000",
-    "health.gap_after_steps=150",
+    "health.gap_after_steps=150", "health.probe_every_steps=50",
 )  # fmt: skip
 
 

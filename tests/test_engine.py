@@ -165,11 +165,16 @@ def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
         if step == 2:
             counted.__enter__()
         train.compute(run, batches, step, watch, clock)
+        run.model.after_step(step)
     counted.__exit__(None, None, None)
     assert run.engine.was_step_applied()
-    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.model.parameters()]
-    vectors = sum(size for size in sizes if size < vector_elements(config))
-    wanted = collective_bytes(sum(sizes), vectors, world.size, stage, run.accumulation, bf16)
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for parameter in run.model.parameters():
+        sizes[parameter.requires_grad].append(getattr(parameter, "ds_numel", parameter.numel()))
+    trained, teacher = (
+        (sum(of), sum(size for size in of if size < vector_elements(config))) for of in (sizes[True], sizes[False])
+    )
+    wanted = collective_bytes(*trained, world.size, stage, run.accumulation, bf16, teacher)
     print({kind: counted.sent[kind] / size for kind, size in wanted.items() if size})
     assert counted.sent.keys() <= {kind for kind, size in wanted.items() if size}
     for kind, size in wanted.items():
@@ -203,3 +208,14 @@ def test_a_step_moves_the_bytes_of_the_formula(ranks, stage, precision, split, t
         f"train.micro_batch_volumes={micro}",
     )  # fmt: skip
     finish(start_function(partial(count_a_step, tiny_config, overrides, tmp_path), ranks=ranks, logs=tmp_path / "logs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("micro", (1, 4))
+def test_a_step_with_a_teacher_too(stage, micro, tiny_store, tiny_config, tmp_path):
+    overrides = (
+        *BIG_ENOUGH, "objective=jepa", "jepa.predictor_width=48", "jepa.predictor_heads=2", "jepa.predictor_depth=2",
+        f"data.store={tiny_store}", f"zero.stage={stage}", "train.precision=bf16", f"train.micro_batch_volumes={micro}",
+    )  # fmt: skip
+    finish(start_function(partial(count_a_step, tiny_config, overrides, tmp_path), ranks=2, logs=tmp_path / "logs"))

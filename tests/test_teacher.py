@@ -170,3 +170,19 @@ def test_a_teacher_is_the_same_at_another_world_size(stage, ranks, tiny_store, t
     finish(start_function(function, ranks=ranks, logs=tmp_path))
     one, two = weights(tmp_path / "run", 4), load_file(tmp_path / "again" / "step-00000004" / "weights.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_another_number_of_volumes_under_the_regularizer_is_refused(tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    pretrain(tiny_store, tiny_config, run, "train.num_steps=4")
+    text = pretrain(tiny_store, tiny_config, run, "train.micro_batch_volumes=2", code=2)[0].text
+    assert "the regularizer looks at 2 volumes at once" in text and "looked at 4" in text
+    pretrain(tiny_store, tiny_config, run, "train.micro_batch_volumes=2", "--allow-change", "regularizer")
+    assert (run / "checkpoints" / "step-00000012").is_dir()
+
+
+def test_a_step_after_a_checkpoint_is_replayed_with_the_teacher_it_had(tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    pretrain(tiny_store, tiny_config, run)
+    text = run_ranks("replay", run, "11", logs=tmp_path)[0].text
+    assert "2 step(s) before it done again" in text and "a relative difference of 0.0e+00" in text
