@@ -32,7 +32,6 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -50,7 +49,7 @@ from brainscale.distributed import World
 from brainscale.layers import Trunk
 from brainscale.optim import make_optimizer
 from brainscale.settings import InputError
-from brainscale.teacher import Owned, Teacher
+from brainscale.teacher import Gathered, Owned, Teacher, publish_whole
 
 warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", FutureWarning)
 
@@ -222,7 +221,7 @@ def follow(engine: deepspeed.DeepSpeedEngine, student: nn.Module, teacher: nn.Mo
     if stage == 0:
         return Teacher(
             [Owned([t], [t.shape], partial(torch.flatten, s.detach()), 0, 1) for s, t in pairs],
-            partial(_publish_whole, [t for _, t in pairs]),
+            partial(publish_whole, [t for _, t in pairs]),
         )
     if stage == 3:
         shards = [Owned([t], [t.ds_shape], partial(safe_get_local_fp32_param, s), rank, ranks) for s, t in pairs]
@@ -233,28 +232,7 @@ def follow(engine: deepspeed.DeepSpeedEngine, student: nn.Module, teacher: nn.Mo
             twins = [twin.pop(id(parameter)) for parameter in params]
             groups.append(Owned(twins, [t.shape for t in twins], part.detach, rank, ranks))
     assert not twin, "a parameter of the student is in no group of the optimizer"
-    return Teacher(groups, partial(_publish_groups, groups))
-
-
-def _publish_whole(parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
-    """Stage 0."""
-    for parameter, part in zip(parameters, parts):
-        parameter.data = part.view(parameter.shape)
-
-
-def _publish_groups(groups: list[Owned], parts: list[Tensor]) -> None:
-    """Stages 1 and 2: gather the parts in the model's type, and let the teacher's parameters be views of the whole."""
-    for group, part in zip(groups, parts):
-        old = group.parameters[0]
-        mine = part.to(old.device, old.dtype)
-        if group.ranks > 1:
-            whole = mine.new_empty(len(mine) * group.ranks)
-            dist.all_gather_into_tensor(whole, mine)
-            mine = whole
-        at = 0
-        for parameter, shape in zip(group.parameters, group.shapes):
-            parameter.data = mine[at : at + shape.numel()].view(shape)
-            at += shape.numel()
+    return Teacher(groups, Gathered(groups))
 
 
 def _publish_shards(parameters: list[Any], parts: list[Tensor]) -> None:

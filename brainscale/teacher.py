@@ -82,3 +82,38 @@ class Teacher:
         begin, end = rank * len(part), (rank + 1) * len(part)
         low, high = max(begin, min(end, offset)), max(begin, min(end, offset + shape.numel()))
         return part[low - begin : high - begin], (max(0, low - offset) if high > low else 0, high - low), shape
+
+
+def publish_whole(parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
+    """Where every rank owns all: the parameters are views of the parts."""
+    for parameter, part in zip(parameters, parts):
+        parameter.data = part.view(parameter.shape)
+
+
+class Gathered:
+    """Gathers parts in the model's type, always into the same memory, of which the parameters are views. In fp32 on
+    one rank that is the part itself."""
+
+    def __init__(self, groups: list[Owned]) -> None:
+        self.groups: list[Owned] = groups
+        self.wholes: list[Tensor] = []
+
+    def __call__(self, parts: list[Tensor]) -> None:
+        """Collective."""
+        if not self.wholes:
+            self.wholes = [self._place(group, part) for group, part in zip(self.groups, parts)]
+        for group, part, whole in zip(self.groups, parts, self.wholes):
+            if group.ranks > 1:
+                dist.all_gather_into_tensor(whole, part.to(whole.device, whole.dtype))
+            elif whole is not part:
+                whole.copy_(part)
+
+    @staticmethod
+    def _place(group: Owned, part: Tensor) -> Tensor:
+        old, at = group.parameters[0], 0
+        alone = group.ranks == 1 and (old.device, old.dtype) == (part.device, part.dtype)
+        whole = part if alone else old.data.new_empty(len(part) * group.ranks)
+        for parameter, shape in zip(group.parameters, group.shapes):
+            parameter.data = whole[at : at + shape.numel()].view(shape)
+            at += shape.numel()
+        return whole

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_brainscale
-from processes import finish, start_function
+from processes import finish, run_ranks, start_function
 
 from brainscale import cli, health, metrics, session
 from brainscale.config import Config
@@ -194,3 +194,55 @@ def test_targets_of_position_alone_are_caught_by_the_gap_alone(phantoms, tmp_pat
     assert probes[150]["collapse"] == probes[200]["collapse"] == ["gap"]
     assert probes[200]["std_median"] > 0.5 and abs(probes[200]["gap"]) < 1e-3
     assert "predictions depend on position only" in said
+
+
+JEPA = (
+    "objective=jepa", "jepa.predictor_width=12", "jepa.predictor_depth=1", "jepa.predictor_heads=1",
+    "mask.fraction=0.5", "regularizer.kind=vcr", "jepa.momentum=0.9", "train.num_steps=8",
+    "health.probe_every_steps=4", "health.probe_volumes=4",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_numbers_are_the_same_on_any_ranks_and_stage(tiny_store, tiny_config, tmp_path):
+    found = {}
+    for name, ranks, stage in (("one", 1, 1), ("two", 2, 2), ("sharded", 2, 3)):
+        overrides = (*JEPA, f"zero.stage={stage}", f"data.store={tiny_store}", f"run.dir={tmp_path / name}")
+        run_ranks("pretrain", tiny_config, *overrides, ranks=ranks, logs=tmp_path)
+        lines = metrics.read(tmp_path / name / "metrics.jsonl")
+        found[name] = [lines[step] for step in (0, 4, 8)]
+    for key in (
+        "std_low",
+        "std_median",
+        "gap",
+        "lidar",
+        "error_over_average",
+        "teacher_cosine",
+        "mask_distance_tokens",
+    ):
+        for name in ("two", "sharded"):
+            assert [line[key] for line in found[name]] == pytest.approx([line[key] for line in found["one"]], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_collapse_ends_all_ranks_together_and_can_be_gone_past(tiny_store, tiny_config, tmp_path):
+    """The warning is forced: no embedding has a standard deviation of 100."""
+    command = ("pretrain", tiny_config, *JEPA, f"data.store={tiny_store}", f"run.dir={tmp_path / 'run'}",
+               "health.min_std=100", "health.stop_on_collapse=true")  # fmt: skip
+    started = run_ranks(*command, ranks=2, logs=tmp_path, code=5)
+    assert "error: after step 8, which is saved, embeddings hardly differ" in started[0].text
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 5
+    run_ranks(*command[:-1], "train.num_steps=10", ranks=1, logs=tmp_path)
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert lines[4]["collapse"] == lines[8]["collapse"] == lines[10]["collapse"] == ["std"]
+
+
+def test_mae_runs_are_examined_too(tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    run_ranks("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=4",
+              "health.probe_every_steps=2", "mae.normalize_target=true", logs=tmp_path)  # fmt: skip
+    lines = metrics.read(run / "metrics.jsonl")
+    for step in (0, 2, 4):
+        assert lines[step]["teacher_cosine"] is None and lines[step]["gap"] is not None
+        assert lines[step]["effective_rank"] is None, "six volumes hold too few tokens: it is left out"
+        assert lines[step]["probe_volumes"] == 6 and lines[step]["std_median"] > 0
