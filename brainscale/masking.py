@@ -7,6 +7,7 @@ uniform, and whatever happens afterwards does not know where the grid begins, so
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -157,6 +158,12 @@ class Coverage:
         self.sums += len(hidden) * np.array(means)
         self.samples += len(hidden)
         self.draws += len(hidden)
+
+    def save(self, path: Path, grid_zyx: Zyx) -> None:
+        """Write how often each cell was hidden so far (`counts`, z, y, x) in how many `draws`, for the report."""
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez_compressed(temporary, counts=self.counts.reshape(grid_zyx), draws=self.draws)
+        temporary.replace(path)
 
     def read(self) -> dict[str, float]:
         """For the metrics line. mask_fraction: share of tokens hidden; mask_foreground_fraction: of foreground;

@@ -4,6 +4,7 @@ RUN/config.toml       effective settings          RUN/holdout/            held-o
 RUN/run.json          machine, versions, data     RUN/reconstruction.json four errors, see holdout.py
 RUN/metrics.jsonl     one line per logged step    RUN/report.html         for people
 RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how the last process ended
+RUN/masks.npz         how often each cell was hidden since the last start
 """
 
 import json

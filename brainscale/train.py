@@ -136,6 +136,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
             ends = ends or bool(collapse)
 
         if (planned or ends) and not gives_up:
+            if writer is not None:
+                session.coverage.save(run_dir / "masks.npz", session.grid_zyx)
             state = replace(state, meter=meter.total())
             with clock.span("checkpoint_s"), watch.patience(state.step, "save", config.health.first_timeout_s):
                 save(saver, state, ends)

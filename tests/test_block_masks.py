@@ -183,7 +183,7 @@ def test_foreground_is_hidden_by_its_share():
     assert set(everything[:90]) == set(order[0, :90])
 
 
-def test_coverage_reports_what_was_hidden():
+def test_coverage_reports_what_was_hidden(tmp_path):
     coverage = Coverage(120)
     foreground = torch.zeros(50, 120)
     foreground[:, :60] = 1.0
@@ -191,6 +191,9 @@ def test_coverage_reports_what_was_hidden():
     coverage.add(masks, foreground)
     line = coverage.read()
     assert line["mask_fraction"] == 0.75 and line["mask_blocks"] == masks.blocks.mean()
+    coverage.save(tmp_path / "masks.npz", GRID)
+    with np.load(tmp_path / "masks.npz") as saved:
+        assert saved["counts"].shape == GRID and saved["counts"].sum() == 50 * 90 and saved["draws"] == 50
     hidden = (masks.masked < 60).float().sum(1).mean() / 60
     assert line["mask_foreground_fraction"] == pytest.approx(float(hidden), rel=1e-5)
     for first in range(50, 3000, 50):
