@@ -47,6 +47,15 @@ ERRORS = {
     "average": "average training brain",
 }
 
+LOSSES = {
+    "mae": {"loss": "loss", "voxel part": "pixel_loss", "spectral part": "spectral_loss"},
+    "jepa": {
+        "loss with the regularizer": "loss", "prediction": "prediction_loss", "variance part": "variance_loss",
+        "covariance part": "covariance_loss", "SIGReg part": "sigreg_loss",
+    },
+}  # fmt: skip
+"""Objective → title and key of its loss and the parts of it."""
+
 Metrics = dict[int, dict[str, Any]]
 Series = tuple[np.ndarray, np.ndarray]
 NONE: Series = (np.array([]), np.array([]))
@@ -178,11 +187,20 @@ def draw_series(ax: Axes, train: Series, held: Series = NONE, log: bool = True, 
     ax.set_xlabel("step")
 
 
-def loss_charts(metrics: Metrics) -> dict[str, Markup]:
-    """Title → chart, of the losses that were recorded and are not zero throughout."""
+def loss_charts(metrics: Metrics, objective: str) -> dict[str, Markup]:
+    """Title → chart, of the losses of this objective that were recorded and are not zero throughout.
+
+    A JEPA's held-out loss is its prediction's alone, so it stands beside that part; and without a regularizer the loss
+    is that part.
+    """
+    parts = LOSSES[objective]
+    if objective == "jepa" and not any(len(series(metrics, key)[0]) for key in list(parts.values())[2:]):
+        parts = {"prediction": "prediction_loss"}
     charts = {}
-    for title, key in (("loss", "loss"), ("voxel part", "pixel_loss"), ("spectral part", "spectral_loss")):
+    for title, key in parts.items():
         train, held = series(metrics, key), series(metrics, f"holdout_{key}")
+        if objective == "jepa" and key == "loss":
+            held = NONE
         if np.any(train[1]) or np.any(held[1]):
             charts[title] = chart(partial(draw_series, train=train, held=held), key)
     held = series(metrics, "holdout_loss")

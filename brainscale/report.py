@@ -7,7 +7,7 @@ is not there yet is a sentence on the page; a part that cannot be read is an err
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -27,9 +27,27 @@ from brainscale.figures import (
     speed_charts,
 )
 from brainscale.provenance import write_text
+from brainscale.report_health import health_charts, monitors
 from brainscale.settings import InputError, load
 
 MAX_EVALUATIONS = 6
+NAMES = {"mae": "MAE", "jepa": "JEPA", "vcr": "VCR", "sigreg": "SIGReg"}
+"""How objectives and regularizers are written."""
+
+
+class Run(NamedTuple):
+    """A run folder as the pages read it; about: run.json, ending: exit.json of the last process, each {} if absent."""
+
+    folder: Path
+    config: Config
+    metrics: Metrics
+    about: dict[str, Any]
+    ending: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What the folder is called."""
+        return self.folder.resolve().name
 
 
 def write(run_dir: Path) -> Path:
@@ -38,55 +56,69 @@ def write(run_dir: Path) -> Path:
     The same folder gives the same bytes. Raises InputError when the folder is no run folder or a file in it cannot be
     read.
     """
-    settings = run_dir / "config.toml"
-    if not settings.is_file():
-        raise InputError(f"{run_dir} is no run folder: it has no config.toml; give a folder that `pretrain` wrote")
-    config = load(Config, settings)
-    metrics = read_metrics(run_dir / "metrics.jsonl")
-    about = read_json(run_dir / "run.json")
-    store = about.get("store", {})
+    run = read(run_dir)
+    plan = run.about.get("store", {}).get("plan", {})
     evaluations = read_evaluations(run_dir / "holdout")
+    page = render(
+        "report.html",
+        run=run,
+        config=run.config,
+        config_text=(run_dir / "config.toml").read_text(encoding="utf-8"),
+        plan_text=json.dumps(plan, indent=1),
+        numbers=numbers(run.metrics, run.config),
+        monitors=monitors(run.metrics, run.config),
+        health=health_charts(run.metrics, run.config),
+        masks=masks(run.metrics),
+        reconstruction=reconstruction(read_json(run_dir / "reconstruction.json")),
+        pictures=pictures(evaluations, plan.get("spacing_mm_xyz", "native"), plan.get("orientation", "RAS")),
+        difference_std=DIFFERENCE_STD,
+        losses=loss_charts(run.metrics, run.config.objective),
+        spectra=spectrum_charts(evaluations, run.config),
+        speed=speed_charts(run.metrics),
+    )
+    return put(page, run_dir / "report.html")
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of this folder, filled; what is not markup is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    page = environment.get_template("report.html").render(
-        name=run_dir.resolve().name,
-        config=config,
-        config_text=settings.read_text(encoding="utf-8"),
-        about=about,
-        plan_text=json.dumps(store.get("plan", {}), indent=1),
-        numbers=numbers(metrics),
-        ending=ending(read_json(run_dir / "exit.json"), about),
-        reconstruction=reconstruction(read_json(run_dir / "reconstruction.json")),
-        pictures=pictures(
-            evaluations,
-            store.get("plan", {}).get("spacing_mm_xyz", "native"),
-            store.get("plan", {}).get("orientation", "RAS"),
-        ),
-        difference_std=DIFFERENCE_STD,
-        duration=duration,
-        zip=zip,
-        losses=loss_charts(metrics),
-        spectra=spectrum_charts(evaluations, config),
-        speed=speed_charts(metrics),
-    )
-    final = run_dir / "report.html"
-    write_text(final, page.encode("utf-8", "backslashreplace").decode())
-    return final
+    words = {"duration": duration, "regularizer": regularizer, "names": NAMES, "zip": zip}
+    return environment.get_template(template).render(**words, **values)
+
+
+def put(page: str, path: Path) -> Path:
+    """Write a page in one step; bytes of names that are not UTF-8 become escapes."""
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())
+    return path
 
 
 # ------------------------------------------------------------------------------------------------- reading
 
 
+def read(run_dir: Path) -> Run:
+    """A run folder. Raises InputError when it is none or a file in it cannot be read."""
+    settings = run_dir / "config.toml"
+    if not settings.is_file():
+        raise InputError(f"{run_dir} is no run folder: it has no config.toml; give a folder that `pretrain` wrote")
+    about = read_json(run_dir / "run.json")
+    ended = ending(read_json(run_dir / "exit.json"), about)
+    return Run(run_dir, load(Config, settings), read_metrics(run_dir / "metrics.jsonl"), about, ended)
+
+
 def read_metrics(path: Path) -> Metrics:
-    """metrics.jsonl by step: a later line of a step replaces the earlier's keys, a torn last line is left out."""
+    """metrics.jsonl by step: a later line of a step replaces the earlier's keys and adds to its warnings, a torn last
+    line is left out."""
     steps: Metrics = {}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
-            steps.setdefault(line["step"], {}).update(line)
+            at = steps.setdefault(line["step"], {})
+            both = {**at.get("warnings", {}), **line.get("warnings", {})}
+            at.update(line, **({"warnings": both} if both else {}))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} line {number} is no metrics line ({error}); remove it and ask again") from None
     return dict(sorted(steps.items()))
@@ -120,11 +152,13 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def numbers(metrics: Metrics) -> dict[str, Any]:
-    """What the page says in figures; None or absent where nothing was measured."""
-    steps, loss = series(metrics, "loss")
+def numbers(metrics: Metrics, config: Config) -> dict[str, Any]:
+    """What the page says in figures; None or absent where nothing was measured. The losses of a JEPA are those of its
+    prediction, which is all that is held out."""
+    key = "prediction_loss" if config.objective == "jepa" else "loss"
+    steps, loss = series(metrics, key)
     last = loss[-max(1, len(loss) // 20) :]
-    held_steps, held = series(metrics, "holdout_loss")
+    held_steps, held = series(metrics, f"holdout_{key}")
     lowest = int(np.argmin(held)) if len(held) else 0
     medians = {}
     for key in ("voxels_per_s", "step_s", "data_wait_fraction", "mfu"):
@@ -143,6 +177,16 @@ def numbers(metrics: Metrics) -> dict[str, Any]:
     }
 
 
+def masks(metrics: Metrics) -> dict[str, float | None]:
+    """What the masks were like: means over the run, and the spread over cells of all masks drawn so far."""
+    found: dict[str, float | None] = {}
+    for name in ("fraction", "foreground_fraction", "blocks", "block_fraction", "cell_spread"):
+        values = series(metrics, f"mask_{name}")[1]
+        taken = values[-1:] if name == "cell_spread" else values
+        found[name] = float(np.mean(taken)) if len(taken) else None
+    return found
+
+
 def ending(record: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """exit.json, or {} when it is absent or older than run.json: then an earlier process wrote it."""
     return record if record and record["utc"] >= about.get("utc", "") else {}
@@ -154,6 +198,15 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.1f} s"
+
+
+def regularizer(config: Config) -> str:
+    """What is added to the objective's own error, in words."""
+    if config.objective == "mae":
+        return f"spectral term, λ {config.spectral.weight:g}" if config.spectral.weight else "none"
+    settings = config.regularizer
+    form = " (paper's form)" if settings.kind == "vcr" and settings.compat == "paper" else ""
+    return "none" if settings.kind == "none" else f"{NAMES[settings.kind]}{form}, weight {settings.weight:g}"
 
 
 def reconstruction(record: dict[str, Any]) -> dict[str, Any] | None:
