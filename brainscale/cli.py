@@ -118,15 +118,32 @@ def pretrain(
 
 
 @app.command
-def report(run_or_store: Path, /) -> None:
-    """Write the page of a run (RUN/report.html) or of a store (STORE.qc.html), and print its path.
+def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> None:
+    """Write the page of a run (RUN/report.html) or of a store (STORE.qc.html), or that of several runs side by side
+    (--out), and print its path.
 
     Example: brainscale report runs/a
+
+    Example: brainscale report runs/mae runs/jepa --out runs/compared.html
+
+    Parameters
+    ----------
+    more_runs
+        Runs to compare with the first.
+    out
+        Page of the comparison, FILE.html.
     """
-    from brainscale import qc
+    from brainscale import qc, report_compare
     from brainscale.report import write
     from brainscale.store_files import COMPLETE, PLAN
 
+    if more_runs:
+        if out is None:
+            raise InputError("several runs make a page of their own; say where with --out FILE.html")
+        print(report_compare.write((run_or_store, *more_runs), out))
+        return
+    if out is not None:
+        raise InputError("--out is for several runs; the page of one run is RUN/report.html, of a store STORE.qc.html")
     is_store = any((run_or_store / name).exists() for name in (COMPLETE, PLAN))
     print(qc.write(run_or_store) if is_store else write(run_or_store))
 
@@ -157,7 +174,8 @@ def dry_run_text(config: Config) -> str:
     masked = masked_count(config.mask.fraction, tokens)
     with torch.device("meta"):
         model = OBJECTIVES[config.objective](config, volume)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    followed = sum(p.numel() for p in model.parameters()) - trained
     encoder = sum(p.numel() for p in model.encoder.parameters())
     flops = model.flops()
     batch, steps = config.train.global_batch_volumes, config.train.num_steps
@@ -166,7 +184,8 @@ def dry_run_text(config: Config) -> str:
             to_toml(config),
             f"volume             {volume} voxels z, y, x (from {origin})",
             f"tokens             {tokens} = {grid[0]}×{grid[1]}×{grid[2]}; {masked} masked, {tokens - masked} visible",
-            f"parameters         {total:,} ({encoder:,} in the encoder)",
+            f"parameters         {trained:,} trained, {encoder:,} of them in the encoder"
+            + (f"; {followed:,} in the teacher" if followed else ""),
             f"FLOPs per sample   {flops:.3e} forward and backward",
             f"FLOPs of the run   {flops * batch * steps:.3e} ({steps:,} steps of {batch} volumes)",
         )

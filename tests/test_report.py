@@ -317,7 +317,8 @@ def test_values_that_are_not_finite_are_counted_not_drawn(quick_run_dir):
 
 def test_no_torch():
     code = (
-        "import sys, brainscale.report; print([m for m in ('torch', 'zarr', 'matplotlib.pyplot') if m in sys.modules])"
+        "import sys, brainscale.report_compare; "
+        "print([m for m in ('torch', 'zarr', 'matplotlib.pyplot') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
