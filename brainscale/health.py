@@ -56,14 +56,21 @@ class Probe:
         seen: Counter[str] = Counter()
         turns = np.array([seen.update([subject]) or seen[subject] for subject in subjects])
         rows: list[int] = []
+        read: list[tuple[np.ndarray, np.ndarray]] = []
         tokens, wanted = 0, MIN_TOKENS_PER_DIMENSION * config.model.width
         for at in np.argsort(turns, kind="stable"):
             if len(rows) >= config.health.probe_volumes and tokens >= wanted:
                 break
             rows.append(int(train_rows[at]))
-            tokens += int((reader.batch([self._draw(rows[-1])]).foreground >= MIN_FOREGROUND).sum())
-        self.rows, self.tokens = np.array(rows), tokens
+            read.append(reader.sample(self._draw(rows[-1])))
+            tokens += int((read[-1][1] >= MIN_FOREGROUND).sum())
+        self.rows = np.array(rows)
         self.rank_is_known = tokens >= wanted
+        size = min(config.train.micro_batch_volumes, config.train.global_batch_volumes)
+        self.kept = [
+            reader.collate([self._draw(row) for row in rows[at : at + size]], read[at : at + size])
+            for at in range(0, len(rows), size)
+        ]
         at = np.searchsorted(reader.store.rows, self.rows)
         self.partner = partners(subjects_of(reader.store)[at], reader.store.column("contrast")[at])
 
@@ -73,10 +80,8 @@ class Probe:
         return Draw(FIRST_INDEX, row, (z, y, x), False)
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
-        """The volumes, as many at once as in training."""
-        size = min(self.config.train.micro_batch_volumes, self.config.train.global_batch_volumes)
-        for first in range(0, len(self.rows), size):
-            yield self.reader.batch([self._draw(int(row)) for row in self.rows[first : first + size]]).to(device)
+        """The volumes, as many at once as in training. They are kept in host memory."""
+        return (batch.to(device) for batch in self.kept)
 
     def masks(self, number: int, volumes: int) -> Masks:
         """Mask `number`, the same for all volumes."""
