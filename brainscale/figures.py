@@ -114,6 +114,16 @@ def pictures(evaluations: list[Evaluation], spacing_mm_xyz: Any, orientation: st
     return volumes
 
 
+def frequencies(counts_zyx: np.ndarray) -> dict[str, str]:
+    """Plane → picture of how often each cell of the grid was hidden, summed along the third axis: grey is the mean,
+    black a quarter less, white a quarter more."""
+    found = {}
+    for axis, plane in enumerate(PLANES):
+        seen = counts_zyx.sum(axis)[::-1].astype(float)
+        found[plane] = png(seen, 0.75 * seen.mean(), 1.25 * seen.mean() + 1e-9, GREY)
+    return found
+
+
 def png(pixels: np.ndarray, low: float, high: float, colours: Colormap) -> str:
     """Pixels (rows, columns) as a data URI; NaN takes the colour map's own tone for what is missing."""
     buffer = io.BytesIO()

@@ -20,6 +20,7 @@ from brainscale.figures import (
     Metrics,
     bars,
     chart,
+    frequencies,
     loss_charts,
     pictures,
     series,
@@ -69,6 +70,8 @@ def write(run_dir: Path) -> Path:
         monitors=monitors(run.metrics, run.config),
         health=health_charts(run.metrics, run.config),
         masks=masks(run.metrics),
+        frequencies=frequencies(hidden["counts"]) if (hidden := read_masks(run_dir / "masks.npz")) else {},
+        draws=int(hidden["draws"]) if hidden else 0,
         reconstruction=reconstruction(read_json(run_dir / "reconstruction.json")),
         pictures=pictures(evaluations, plan.get("spacing_mm_xyz", "native"), plan.get("orientation", "RAS")),
         difference_std=DIFFERENCE_STD,
@@ -138,15 +141,21 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     if len(files) > MAX_EVALUATIONS:
         places = np.geomspace(1, len(files), MAX_EVALUATIONS).round().astype(int) - 1
         files = [files[i] for i in np.unique(places)]
-    evaluations = []
-    for path in files:
-        try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove it and ask again") from None
-        evaluations.append(Evaluation(int(path.stem.removeprefix("step-")), arrays))
-    return evaluations
+    return [Evaluation(int(path.stem.removeprefix("step-")), read_arrays(path)) for path in files]
+
+
+def read_masks(path: Path) -> dict[str, np.ndarray]:
+    """How often each cell was hidden (`masking.Coverage`); {} where it is absent."""
+    return read_arrays(path) if path.is_file() else {}
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file of the run folder."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); remove it and ask again") from None
 
 
 # ------------------------------------------------------------------------------------------------- numbers

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_report import EVIL, text_of
+from test_report import EVIL, picture, text_of
 
 from brainscale import report, report_health
 from brainscale.config import Config
-from brainscale.settings import to_toml
+from brainscale.settings import InputError, to_toml
 
 STEPS, PROBED = 60, (0, 20, 40, 60)
 PARTS = {
@@ -150,6 +150,23 @@ def test_the_masks_in_a_line(jepa):
         "Masks hide 50.0 % of the tokens and 43.8 % of the foreground, in 12.0 blocks per volume of 6.2 % of the grid "
         "each (means). How often the places of the grid were hidden differs 1.12 times as much as chance alone"
     ) in text_of(jepa[1])
+
+
+def test_how_often_each_place_was_hidden_is_a_picture_in_three_views(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "hidden, axial view" not in page_of(folder)
+    counts = np.full((4, 5, 6), 100)
+    counts[3, :, :], counts[:, 0, :] = 130, 70
+    np.savez(folder / "masks.npz", counts=counts, draws=200)
+    page = page_of(folder)
+    axial, coronal = (picture(page, f"how often each place was hidden, {plane} view") for plane in ("axial", "coronal"))
+    assert axial.shape[:2] == (5, 6) and coronal.shape[:2] == (4, 6)
+    assert axial[4].max() < 0.3 < axial[:4].min(), "y runs to the top"
+    assert coronal[0].min() > 0.7 > coronal[1:].max(), "z runs to the top"
+    assert "in the 200 volumes since the last start" in text_of(page)
+    (folder / "masks.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"masks\.npz cannot be read"):
+        page_of(folder)
 
 
 def test_a_mae_page_has_the_monitors_too(tmp_path):
