@@ -11,18 +11,23 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Synthetic brains → store → pretraining → a page. QUICK=1: fewer brains and steps.
+# Synthetic brains → store → pretraining with both objectives → a page. QUICK=1: fewer brains and steps.
 DEMO := runs/demo
 SUBJECTS := $(if $(QUICK),10,32)
-STEPS := $(if $(QUICK),60,500)
+MAE_STEPS := $(if $(QUICK),60,400)
+JEPA_STEPS := $(if $(QUICK),60,300)
+LOOKS := $(foreach key,log.holdout_every_steps health.probe_every_steps,$(key)=$(if $(QUICK),20,50))
 
 demo: $(STAMP)
 	test -e $(DEMO)/phantom-$(SUBJECTS)/dataset_description.json || { rm -rf $(DEMO) && \
 	  $(BIN)/brainscale phantom $(DEMO)/phantom-$(SUBJECTS) --subjects $(SUBJECTS) --seed 0 --spacing-mm 2; }
 	$(BIN)/python data_prep/to_zarr.py $(DEMO)/phantom-$(SUBJECTS) $(DEMO)/store --prep configs/prep/brain_2mm.toml
 	$(BIN)/brainscale doctor $(DEMO)/store --deep
-	$(BIN)/brainscale pretrain configs/mae_small_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO) \
-	  train.num_steps=$(STEPS) optim.warmup_steps=30 log.holdout_every_steps=100
+	$(BIN)/brainscale pretrain configs/mae_small_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO)/mae \
+	  train.num_steps=$(MAE_STEPS) optim.warmup_steps=30 $(LOOKS)
+	$(BIN)/brainscale pretrain configs/jepa_vcr_tiny_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO)/jepa \
+	  train.num_steps=$(JEPA_STEPS) $(LOOKS)
+	$(BIN)/brainscale report $(DEMO)/mae $(DEMO)/jepa --out $(DEMO)/report.html
 	@echo "look at $(DEMO)/report.html"
 
 check: $(STAMP)
