@@ -300,7 +300,8 @@ class Health(Model):
     min_std: float = Field(default=0.1, ge=0)
     """Warn when the median over dimensions of an embedding's standard deviation is below this."""
     min_rank_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Warn when the effective rank is below this share of its value at step 0."""
+    """Warn when the effective rank of a JEPA is below this share of its value at step 0. That of a MAE falls while it
+    learns, and is shown alone."""
     min_gap: float = Field(default=0.05, ge=0, le=1)
     """Warn when predictions are hardly nearer to their own subject's targets than to another's (`gap`), from
     `gap_after_steps` on: a healthy run takes a while to look at the subject."""

@@ -92,7 +92,8 @@ class Probe:
 
     @torch.no_grad()
     def examine(self, model: Objective, device: torch.device) -> dict[str, float | None]:
-        """The numbers of the module's docstring. Collective where weights are sharded (ZeRO stage 3)."""
+        """The numbers of the module's docstring; None where one has no meaning or is not finite (a volume that is not
+        spoils them). Collective where weights are sharded (ZeRO stage 3)."""
         model.eval()
         tokens, cosines = self._tokens(model, device)
         pooled, gaps, ratios, distances = [], [], [], []
@@ -115,18 +116,21 @@ class Probe:
             if self.partner is not None:
                 gaps.append(cross_sample_gap(*together, inside, self.partner.to(device)))
         model.train()
-        std = tokens.double().std(0).quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=device))
-        return {
-            "effective_rank": effective_rank(tokens) if self.rank_is_known else None,
-            **dict(zip(("std_low", "std_median", "std_high"), std.tolist())),
+        std = [math.nan] * 3
+        if len(tokens) > 1:
+            shares = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=device)
+            std = tokens.double().std(0).quantile(shares).tolist()
+        found = {
+            "effective_rank": effective_rank(tokens) if self.rank_is_known else math.nan,
+            **dict(zip(("std_low", "std_median", "std_high"), std)),
             "lidar": lidar(torch.stack(pooled, dim=1)),
-            "gap": float(np.mean(gaps)) if gaps else None,
+            "gap": float(np.mean(gaps)) if gaps else math.nan,
             "error_over_average": float(np.mean(ratios)),
-            "teacher_cosine": float(np.mean(cosines)) if cosines else None,
+            "teacher_cosine": float(np.mean(cosines)) if cosines else math.nan,
             "mask_distance_tokens": float(np.mean(distances)),
-            "probe_volumes": len(self.rows),
-            "probe_tokens": len(tokens),
         }
+        known = {key: value if math.isfinite(value) else None for key, value in found.items()}
+        return {**known, "probe_volumes": len(self.rows), "probe_tokens": len(tokens)}
 
     def _tokens(self, model: Objective, device: torch.device) -> tuple[Tensor, list[float]]:
         """(T,C) foreground tokens of whole volumes, spread evenly, and each batch's cosine with the teacher's."""
@@ -161,7 +165,10 @@ def partners(subjects: np.ndarray, contrasts: np.ndarray) -> Tensor | None:
 
 
 def effective_rank(tokens_TC: Tensor) -> float:
-    """exp of the entropy of the singular values of the centred tokens, 1 to C (RankMe, arXiv 2210.02885)."""
+    """exp of the entropy of the singular values of the centred tokens, 1 to C (RankMe, arXiv 2210.02885); NaN when one
+    of them is not finite."""
+    if not bool(torch.isfinite(tokens_TC).all()):
+        return math.nan
     centred = tokens_TC.double() - tokens_TC.double().mean(0)
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
     return entropy_rank(values)
@@ -175,8 +182,11 @@ def entropy_rank(values: Tensor) -> float:
 
 def lidar(pooled_VMC: Tensor) -> float:
     """Effective rank of S_w^(-1/2) S_b S_w^(-1/2): scatter between V volumes over that between M masks of a volume.
-    Source: LiDAR (arXiv 2312.04000), here with masks for augmentations. At most V − 1."""
+    Source: LiDAR (arXiv 2312.04000), here with masks for augmentations. At most V − 1; NaN when one of
+    the vectors is not finite."""
     x = pooled_VMC.double()
+    if not bool(torch.isfinite(x).all()):
+        return math.nan
     volumes, masks, _ = x.shape
     means = x.mean(1, keepdim=True)
     within, between = (x - means).flatten(0, 1), (means - means.mean(0, keepdim=True)).flatten(0, 1)
@@ -235,13 +245,13 @@ class Monitor:
         if step == 0:
             self.first = found
             return {}, set()
-        if found["std_median"] < settings.min_std:
+        if found["std_median"] is not None and found["std_median"] < settings.min_std:
             signs["std"] = (
                 f"embeddings hardly differ from token to token (median standard deviation {found['std_median']:.3g}, "
                 f"health.min_std {settings.min_std}): the encoder collapses; {REMEDY[self.config.objective]}"
             )
         start, now = self.first.get("effective_rank"), found["effective_rank"]
-        if start and now is not None and now < settings.min_rank_fraction * start:
+        if self.config.objective == "jepa" and start and now and now < settings.min_rank_fraction * start:
             signs["rank"] = (
                 f"embeddings fill {now:.1f} dimensions, of {start:.1f} with random weights (health.min_rank_fraction "
                 f"{settings.min_rank_fraction}): they lose dimensions; {REMEDY[self.config.objective]}"

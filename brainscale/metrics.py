@@ -179,12 +179,15 @@ class Voice:
 
 
 def read(path: Path) -> dict[int, dict[str, Any]]:
-    """Metric lines by step. A later line of the same step replaces the earlier's keys; a torn last line is left out."""
+    """Metric lines by step. A later line of the same step replaces the earlier's keys and adds to its warnings; a torn
+    last line is left out."""
     steps: dict[int, dict[str, Any]] = {}
     if path.is_file():
         for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
             line = json.loads(text)
-            steps.setdefault(line["step"], {}).update(line)
+            at = steps.setdefault(line["step"], {})
+            both = {**at.get("warnings", {}), **line.get("warnings", {})}
+            at.update(line, **({"warnings": both} if both else {}))
     return dict(sorted(steps.items()))
 
 

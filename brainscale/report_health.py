@@ -87,7 +87,8 @@ def health_charts(metrics: Metrics, config: Config) -> dict[str, Markup]:
     settings, found = config.health, probes(metrics)
     ranks = []
     if start := known(found.get(0, {}))["effective_rank"]:
-        ranks = [Reference("random weights", start), warning_below(settings.min_rank_fraction * start)]
+        ranks = [Reference("random weights", start)]
+        ranks += [warning_below(settings.min_rank_fraction * start)] if config.objective == "jepa" else []
     gaps, spreads = [warning_below(settings.min_gap)], [warning_below(settings.min_std)]
     charts = {}
     for title, key, references, log in (

@@ -6,12 +6,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_brainscale
+from conftest import ROOT, run_brainscale, write_tiny_store
 from processes import finish, run_ranks, start_function
 
 from brainscale import cli, health, metrics, session
 from brainscale.config import Config
+from brainscale.jepa import Jepa
+from brainscale.layers import initialise
+from brainscale.loader import Reader
 from brainscale.settings import load
+from brainscale.store import open_store
 
 # ------------------------------------------------------------------------------------------------- measures
 
@@ -100,6 +104,21 @@ def test_the_gap_is_not_judged_before_its_time_and_an_unknown_rank_never():
     assert monitor().probe(5000, {"std_median": 0.9, "effective_rank": None, "gap": None}) == ({}, set())
 
 
+def test_the_rank_of_a_mae_is_not_judged():
+    """Reconstruction concentrates features on few dimensions while it learns."""
+    mae = health.Monitor(load(Config, None, ()))
+    mae.probe(0, {**GOOD, "effective_rank": 80.0})
+    assert mae.probe(5000, {**GOOD, "effective_rank": 9.0}) == ({}, set())
+    bad = {"std_median": 0.0, "effective_rank": 9.0, "gap": 0.0}
+    assert set(monitor().probe(5000, bad)[0]) == {"std", "rank", "gap"}
+
+
+def test_two_lines_of_a_step_keep_both_warnings(tmp_path):
+    lines = ({"step": 4, "loss": 1.0, "warnings": {"spike": "a"}}, {"step": 4, "gap": 0.1, "warnings": {"gap": "b"}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert metrics.read(tmp_path / "metrics.jsonl")[4]["warnings"] == {"spike": "a", "gap": "b"}
+
+
 def test_a_sign_counts_as_standing_at_the_second_probe_and_after_a_resume():
     watching, bad = monitor(), {**GOOD, "effective_rank": 20.0}
     assert watching.probe(5000, bad)[1] == set()
@@ -119,6 +138,19 @@ def test_a_spike_is_a_norm_far_above_its_median():
     assert all(watching.spike(value) is None for value in (50.0, *[1.0] * 20, 9.0, None))
     assert "11 times its median" in watching.spike(11.0)
     assert health.Monitor(watching.config).spike(1e9) is None, "nothing to compare with yet"
+    resumed = health.Monitor(watching.config)
+    resumed.resume({step: {"step": step, "grad_norm": 1.0} for step in range(1, 20)})
+    assert "11 times its median" in resumed.spike(11.0)
+
+
+def test_spikes_of_a_run_are_said_and_kept(tiny_store, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    started = run_ranks("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=24",
+                        "health.max_spike=1.0001", "optim.lr=1e-9", logs=tmp_path)  # fmt: skip
+    spiked = {step: line["warnings"]["spike"] for step, line in metrics.read(run / "metrics.jsonl").items()
+              if "warnings" in line}  # fmt: skip
+    assert spiked and min(spiked) > 10
+    assert all(f"WARNING, step {step}: {sentence}" in started[0].text for step, sentence in spiked.items())
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -246,3 +278,32 @@ def test_mae_runs_are_examined_too(tiny_store, tiny_config, tmp_path):
         assert lines[step]["teacher_cosine"] is None and lines[step]["gap"] is not None
         assert lines[step]["effective_rank"] is None, "six volumes hold too few tokens: it is left out"
         assert lines[step]["probe_volumes"] == 6 and lines[step]["std_median"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("case", ["one volume is not finite", "no foreground", "one subject", "two volumes"])
+def test_odd_training_sets_leave_numbers_out_and_the_run_goes_on(case, tiny_config, tmp_path):
+    def spoil(record):
+        if case == "one volume is not finite" and record["row"] == 4:
+            record["std"] = 1e-45
+        if case == "one subject":
+            record["subject"] = "sub-00"
+
+    store = write_tiny_store(tmp_path / "store", scans=2 if case == "two volumes" else 8, change=spoil)
+    config = load(Config, tiny_config, (*JEPA, f"data.store={store}", "data.holdout_fraction=0.0"))
+    reader = Reader(open_store(store), config.model.patch_voxels_zyx, None)
+    if case == "no foreground":
+        reader.store.foreground = lambda rows: np.zeros((len(rows), 4, 6, 4), np.uint8)
+    model = Jepa(config, reader.volume_zyx)
+    initialise(model, torch.Generator().manual_seed(0))
+    probe = health.Probe(reader, reader.store.rows, config)
+    assert len({tuple(probe.masks(number, 1).masked[0].tolist()) for number in range(4)}) == 4, "four masks"
+    found = probe.examine(model, torch.device("cpu"))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    missing = {key for key, value in found.items() if value is None}
+    assert found["mask_distance_tokens"] >= 1
+    if case in ("one volume is not finite", "no foreground"):
+        assert missing >= {"std_median", "gap", "error_over_average", "teacher_cosine"}
+    else:
+        assert missing - {"effective_rank"} == {"gap"}
+    assert health.Monitor(config).probe(8, found)[0].keys() <= {"std"}

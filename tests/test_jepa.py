@@ -1,5 +1,7 @@
 """The JEPA objective: nothing leaks into the student, the teacher gets no gradient, the loss is what it says."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,12 @@ def test_hidden_voxels_reach_the_targets_alone(position):
     for before, after in zip(*seen):
         assert torch.equal(before, after), "every input and output of the student"
     assert seen[0][1].tolist() == masks.visible.tolist()
+    seen.clear()
+    for one_batch in (batch, changed):
+        model(one_batch, masks, 0)
+    for before, after in zip(*seen):
+        assert torch.equal(before, after), "nor in a training step"
+    assert seen[0][1].tolist() == masks.visible.tolist()
     again, _ = model.compare(with_noise_at(batch, masks.visible), masks)
     assert not torch.equal(again, one)
 
@@ -61,6 +69,8 @@ def test_the_loss_is_the_weighted_l1_to_layer_normed_targets():
     model, batch = make("jepa.background_weight=0.25", "jepa.min_foreground_fraction=0.5"), make_batch()
     masks = masks_for(model)
     batch.foreground[:] = torch.linspace(0, 1, 24)
+    for parameter in model.teacher.trunk.norm.parameters():
+        parameter.data.uniform_(-1, 2, generator=torch.Generator().manual_seed(1))
     everything = torch.arange(24).expand(2, -1)
     tokens = model.teacher(model.gather(batch, everything), everything)
     normal = F.layer_norm(tokens, (24,)).detach().double()
@@ -101,6 +111,22 @@ def test_regularizers_are_added_with_their_weights_in_training_alone(regularizer
     assert out.loss.item() == pytest.approx(float(out.prediction_loss + 0.1 * added), rel=1e-5)
     assert evaluated.loss == evaluated.prediction_loss and evaluated.variance_loss.isnan()
     assert evaluated.loss.item() == pytest.approx(out.prediction_loss.item(), rel=1e-6)
+
+
+def test_sigreg_looks_from_other_sides_at_every_step():
+    model, batch = make("regularizer.kind=sigreg"), make_batch(4)
+    one, again, two = (model(batch, masks_for(model, 4), step).sigreg_loss.item() for step in (3, 3, 4))
+    assert one == again != two
+
+
+def test_the_momentum_goes_to_its_end_by_optimizer_steps():
+    told = []
+    for final in ((), ("jepa.final_momentum=1.0",)):
+        model = make("jepa.momentum=0.5", "train.num_steps=5", "optim.warmup_steps=0", *final)
+        model.average = SimpleNamespace(move=told.append)
+        for step in (0, 2, 4):
+            model.after_step(step)
+    assert told == [0.5, 0.5, 0.5, 0.5, 0.75, 1.0]
 
 
 def test_pooled_terms_see_volumes_and_token_terms_see_positions():
