@@ -131,6 +131,10 @@ class ModelSettings(Model):
     """Rotary positions in every attention, or fixed sine-cosine vectors added once."""
 
 
+MAX_BLOCKS = 64
+"""Blocks drawn for a sample; the few cells that they may leave uncovered are hidden last."""
+
+
 class Mask(Model):
     """Which tokens are hidden."""
 
@@ -152,6 +156,12 @@ class Mask(Model):
     def _agree(self) -> "Mask":
         if not self.block_fractions or not all(0 <= low < high <= 1 for low, high in self.block_fractions):
             raise ValueError(f"mask.block_fractions must be pairs that rise within 0..1, got {self.block_fractions}")
+        for low, high in self.block_fractions:
+            if 1 - (1 - (low + high) / 2) ** MAX_BLOCKS < self.fraction:
+                raise ValueError(
+                    f"mask.block_fractions ({low}, {high}): {MAX_BLOCKS} blocks of that size, the most that are drawn, "
+                    f'do not hide mask.fraction = {self.fraction}; use larger blocks or mask.kind = "random"'
+                )
         if not 0 < self.block_aspect[0] <= self.block_aspect[1]:
             raise ValueError(f"mask.block_aspect must rise and be positive, got {self.block_aspect}")
         return self

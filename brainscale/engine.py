@@ -55,6 +55,9 @@ warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", F
 
 BUCKET_ELEMENTS = 50_000_000
 """DeepSpeed's default of 5e8 elements costs 2 GB; the encoders here have 2e7 to 6e8 parameters."""
+MAX_COMPILED_FORMS = 64
+"""Of a block, when it is compiled: in student, teacher and predictor, training and evaluation, for other batches. At
+torch's own limit of 8 it would run the next one uncompiled."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per parameter."""
 
@@ -152,6 +155,7 @@ def start(model: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     model = model.to(world.device)
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_FORMS
     for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
         trunk.recompute = config.train.activation_checkpointing
         for block in trunk.blocks if config.train.compile else ():

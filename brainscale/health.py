@@ -85,9 +85,9 @@ class Probe:
 
     def masks(self, number: int, volumes: int) -> Masks:
         """Mask `number`, the same for all volumes."""
-        grid = self.reader.grid_zyx
+        grid, stride = self.reader.grid_zyx, self.config.train.global_batch_volumes if self.config.mask.shared else 1
         everywhere = torch.ones(1, math.prod(grid))
-        one = draw_masks(self.config, np.array([FIRST_INDEX + number]), everywhere, grid)
+        one = draw_masks(self.config, np.array([FIRST_INDEX + number * stride]), everywhere, grid)
         return Masks(one.visible.expand(volumes, -1), one.masked.expand(volumes, -1))
 
     @torch.no_grad()

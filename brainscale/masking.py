@@ -13,13 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.config import Config, Mask
+from brainscale.config import MAX_BLOCKS, Config, Mask
 from brainscale.geometry import Zyx
 from brainscale.sampling import MASK, words
 from brainscale.settings import InputError
-
-MAX_BLOCKS = 64
-"""Blocks drawn for a sample; what they leave uncovered, should that be needed, is hidden last."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from conftest import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import Config, Mask
+from brainscale.config import MAX_BLOCKS, Config, Mask
 from brainscale.masking import (
-    MAX_BLOCKS,
     Coverage,
     block_order,
     draw_blocks,

@@ -297,6 +297,8 @@ def test_odd_training_sets_leave_numbers_out_and_the_run_goes_on(case, tiny_conf
     model = Jepa(config, reader.volume_zyx)
     initialise(model, torch.Generator().manual_seed(0))
     probe = health.Probe(reader, reader.store.rows, config)
+    one_per_step = health.Probe(reader, reader.store.rows, load(Config, tiny_config, (*JEPA, "mask.shared=true")))
+    assert len({tuple(one_per_step.masks(number, 1).masked[0].tolist()) for number in range(4)}) > 1
     assert len({tuple(probe.masks(number, 1).masked[0].tolist()) for number in range(4)}) == 4, "four masks"
     found = probe.examine(model, torch.device("cpu"))
     assert json.loads(json.dumps(found, allow_nan=False)) == found

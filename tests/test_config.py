@@ -32,6 +32,7 @@ def test_misspelt_key_names_the_right_one():
         ("optim.cooldown_steps=10", 'needs optim.schedule = "cooldown"'),
         ("regularizer.kind=vcr", 'is for objective = "jepa"; set it to'),
         ("mask.block_fractions=[[0.5,0.2]]", "pairs that rise within 0..1"),
+        ("mask.block_fractions=[[0.0,0.01]]", "64 blocks of that size, the most that are drawn"),
         ("mask.block_aspect=[2.0,1.0]", "must rise and be positive"),
         ("jepa.predictor_heads=7", "even multiple of its 7 heads"),
     ],

@@ -212,3 +212,13 @@ def test_a_step_that_is_left_out_does_not_move_the_teacher(stage, ranks, tiny_co
     for step in range(2, 13):
         one, two = ({n: w for n, w in weights(run, at).items() if n.startswith("teacher.")} for at in (step - 1, step))
         assert all(torch.equal(one[name], two[name]) for name in one) == (step in skipped)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_stay_compiled_in_student_teacher_and_predictor(tiny_store, tiny_config, tmp_path):
+    more = ("train.num_steps=4", "health.probe_every_steps=2", "log.holdout_every_steps=2")
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    pretrain(tiny_store, tiny_config, plain, *more)
+    text = pretrain(tiny_store, tiny_config, compiled, *more, "train.compile=true")[0].text
+    assert "recompile_limit" not in text
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
