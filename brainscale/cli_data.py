@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, load
 from brainscale.store_files import read_plan
 

@@ -24,8 +24,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from brainscale import store_files
-from brainscale.config import Plan
 from brainscale.geometry import Zyx
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, changed_keys
 from brainscale.store_files import COMPLETE, PLAN, REFUSED, SCANS, StoreDamage
 

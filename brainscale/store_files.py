@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 
 COMPLETE, PLAN, SCANS, REFUSED = "COMPLETE.json", "plan.json", "scans.parquet", "refused.jsonl"

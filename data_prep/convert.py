@@ -21,8 +21,8 @@ import numpy as np
 
 from brainscale import store as stores
 from brainscale import store_files
-from brainscale.config import Plan
 from brainscale.geometry import spacing_mm
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale_data_prep import discover, nifti, ownership, pool, pseudonyms
 from brainscale_data_prep.discover import Found, ScanFile

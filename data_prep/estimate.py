@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from brainscale import store as stores
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale_data_prep import discover, pool
 from brainscale_data_prep.convert import grid

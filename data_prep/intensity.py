@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale_data_prep.nifti import Refused, Scan
 
 SMALLEST_STD = 1e-30

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 from scipy import ndimage
 
-from brainscale.config import Plan
 from brainscale.geometry import spacing_mm
+from brainscale.prep_plan import Plan
 from brainscale_data_prep.foreground import (
     EVERYTHING,
     cell_shares,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from brainscale import store as stores
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale_data_prep import nifti
 from brainscale_data_prep.discover import ScanFile
 from brainscale_data_prep.nifti import Refused, Scan

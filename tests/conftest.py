@@ -16,7 +16,7 @@ import pytest
 from processes import run_ranks
 
 from brainscale import metrics, store
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("BRAINSCALE_TEST_DATA", ROOT / "../shared/data"))

@@ -13,7 +13,7 @@ from conftest import refusal, run_brainscale
 from brainscale.bench import convert, converters, read
 from brainscale.bench.converters import Job, Written
 from brainscale.bench.record import compare_sizes, measure, on_one_core, write
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale_data_prep import discover, nifti
 

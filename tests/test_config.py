@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from brainscale.cli import dry_run_text
-from brainscale.config import Config, Plan
+from brainscale.config import Config
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, changed_keys, load, to_toml
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -15,7 +15,7 @@ import pytest
 from conftest import FULL, ROOT
 
 from brainscale import store as stores
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, load
 from brainscale_data_prep import discover, nifti
 from brainscale_data_prep.convert import Summary, TooManyRefused, _check_refused, convert, report_line
@@ -29,7 +29,7 @@ PLAN = Plan(
 RUN = """
 import sys
 from pathlib import Path
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale_data_prep.convert import convert
 from brainscale_data_prep.pool import Stopped
 limit = int(sys.argv[5])

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import Plan
 from brainscale.geometry import voxel_to_mm
+from brainscale.prep_plan import Plan
 from brainscale_data_prep import affines, nifti
 from brainscale_data_prep.nifti import Refused
 from brainscale_data_prep.preprocess import prepare

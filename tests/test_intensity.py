@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale_data_prep.foreground import cell_shares
 from brainscale_data_prep.intensity import above, level_statistics, percentiles, statistics
 from brainscale_data_prep.nifti import Refused, Scan

@@ -15,7 +15,7 @@ ORDER = [
         "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "spectral_patch", "compile_report",
     )),
     *(f"brainscale.{name}" for name in (
-        "settings", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
+        "settings", "prep_plan", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
         "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (

@@ -9,7 +9,7 @@ import pytest
 from conftest import FULL, ROOT
 
 from brainscale import store as stores
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import load
 from brainscale_data_prep import foreground, nifti
 from brainscale_data_prep.convert import convert

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from brainscale.config import Plan
 from brainscale.geometry import voxel_to_mm
+from brainscale.prep_plan import Plan
 from brainscale.settings import load
 from brainscale_data_prep import nifti, preprocess, resampling
 from brainscale_data_prep.foreground import cell_shares, largest_component, otsu

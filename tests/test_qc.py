@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_brainscale, write_tiny_store
 
 from brainscale import qc, qc_figures, store
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.provenance import write_text
 from brainscale.qc_scans import Scans, unusual
 

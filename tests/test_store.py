@@ -25,7 +25,7 @@ from ome_zarr_models.v05.image import Image
 from xxhash import xxh3_128_hexdigest
 
 from brainscale import store, store_files
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale.store import StoreDamage
 

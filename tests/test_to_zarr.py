@@ -20,8 +20,8 @@ from test_preprocess import ORIENTATIONS, head, turned
 
 from brainscale import store as stores
 from brainscale.cli import main
-from brainscale.config import Plan
 from brainscale.geometry import voxel_to_mm
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, load
 from brainscale_data_prep import nifti, pseudonyms
 from brainscale_data_prep.convert import convert

@@ -9,7 +9,8 @@ import pytest
 from conftest import FULL, TINY_GRID_ZYX, losses, refusal, run_brainscale, write_tiny_store
 
 from brainscale import metrics, run_folder
-from brainscale.config import Config, Plan
+from brainscale.config import Config
+from brainscale.prep_plan import Plan
 from brainscale.sampling import draw
 from brainscale.settings import load
 from brainscale.store import open_store

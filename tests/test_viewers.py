@@ -6,7 +6,7 @@ import tensorstore as ts
 import zarr
 from conftest import write_tiny_store
 
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.store import Store
 
 

@@ -21,7 +21,7 @@ from numcodecs import Blosc, Zstd
 from brainscale.bench import converters
 from brainscale.bench.converters import OURS, Job
 from brainscale.bench.record import compare_sizes, measure, on_one_core, skipped
-from brainscale.config import Plan
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale_data_prep import discover
 from brainscale_data_prep.convert import TooManyRefused, grid

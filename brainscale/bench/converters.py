@@ -16,8 +16,8 @@ import zarr
 from scipy import ndimage
 
 from brainscale import store as stores
-from brainscale.config import Plan
 from brainscale.geometry import spacing_mm, voxel_to_mm
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale_data_prep.discover import ScanFile
 from brainscale_data_prep.preprocess import canonical

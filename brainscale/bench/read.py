@@ -27,8 +27,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from brainscale import store as stores
 from brainscale.bench.record import measure, on_one_core, skipped
-from brainscale.config import Plan
 from brainscale.geometry import Zyx
+from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
 from brainscale.store import Store, open_store
 from brainscale_data_prep.convert import convert
