@@ -12,6 +12,7 @@ from brainscale.config import Config
 from brainscale.jepa import Jepa, weighted_mean
 from brainscale.layers import initialise
 from brainscale.masking import draw_masks
+from brainscale.regularizers import vcr, vcr_tokens
 from brainscale.settings import load
 
 TINY = (
@@ -111,6 +112,20 @@ def test_regularizers_are_added_with_their_weights_in_training_alone(regularizer
     assert out.loss.item() == pytest.approx(float(out.prediction_loss + 0.1 * added), rel=1e-5)
     assert evaluated.loss == evaluated.prediction_loss and evaluated.variance_loss.isnan()
     assert evaluated.loss.item() == pytest.approx(out.prediction_loss.item(), rel=1e-6)
+
+
+def test_the_terms_are_of_the_pooled_context_or_of_all_tokens():
+    batch = make_batch(4)
+    for compat in ("native", "paper"):
+        model = make(
+            "regularizer.kind=vcr", f"regularizer.compat={compat}", "mask.shared=true", "regularizer.target_std=2.5"
+        )
+        masks = masks_for(model, 4)
+        context, target = model.embed(batch, masks.visible), model.target(batch, masks.masked)
+        wanted = vcr(context.mean(1), 2.5) if compat == "native" else vcr_tokens(torch.cat((context, target), 1), 2.5)
+        out = model(batch, masks, 0)
+        assert out.variance_loss.item() == pytest.approx(wanted.variance.item(), rel=1e-6) and out.variance_loss > 0.99
+        assert out.covariance_loss.item() == pytest.approx(wanted.covariance.item(), rel=1e-5)
 
 
 def test_sigreg_looks_from_other_sides_at_every_step():

@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FULL, losses, write_tiny_store
@@ -222,3 +223,25 @@ def test_compiled_blocks_stay_compiled_in_student_teacher_and_predictor(tiny_sto
     text = pretrain(tiny_store, tiny_config, compiled, *more, "train.compile=true")[0].text
     assert "recompile_limit" not in text
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def half_of_the_foreground(config_path: Path, overrides: tuple[str, ...], folder: Path) -> None:
+    """Steps on volumes whose foreground is made one end of the grid: half of it is hidden in every one."""
+    world = distributed.find()
+    distributed.start(world)
+    run = session.build(load(Config, config_path, overrides), folder / "run", world, None)
+    assert run is not None
+    cells = np.zeros((4, 6, 4), np.uint8)
+    cells[:2] = 255
+    run.store.foreground = lambda rows: np.stack([cells for _ in rows])
+    batches, beats, clock = run.loader.batches(0), watch.Watch(world, folder, 600.0), metrics.Clock(0, 0.0)
+    for step in range(5):
+        compute(run, batches, step, beats, clock)
+        assert run.coverage.read()["mask_foreground_fraction"] == 0.5
+    batches.close()
+
+
+def test_training_draws_masks_by_each_volumes_foreground(tiny_store, tiny_config, tmp_path):
+    overrides = (*JEPA, f"data.store={tiny_store}", "mask.foreground_aware=true")
+    function = partial(half_of_the_foreground, tiny_config, overrides, tmp_path)
+    finish(start_function(function, ranks=1, logs=tmp_path))
