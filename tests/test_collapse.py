@@ -143,6 +143,7 @@ def test_a_spike_is_a_norm_far_above_its_median():
     assert "11 times its median" in resumed.spike(11.0)
 
 
+@pytest.mark.slow
 def test_spikes_of_a_run_are_said_and_kept(tiny_store, tiny_config, tmp_path):
     run = tmp_path / "run"
     started = run_ranks("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=24",
