@@ -1,4 +1,4 @@
-"""All settings of a run. Those of a store, which it trains on, are in prep_plan.py.
+"""All settings of a run; where volumes come from is in data_settings.py. Those of a store are in prep_plan.py.
 
 A quantity carries its unit in its name (`_mm`, `_voxels`, `_steps`, `_fraction` in 0..1) and its axis order (`_xyz` as
 in NIfTI, `_zyx` as in memory). How they are read is in settings.py.
@@ -9,24 +9,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from brainscale.data_settings import Augment, Data
 from brainscale.settings import Model
-
-
-class Data(Model):
-    """Where volumes come from."""
-
-    store: str = ""
-    """Path of a finished store."""
-    loader: Literal["torch"] = "torch"
-    """Which loader feeds the run."""
-    workers: int = Field(default=2, ge=1)
-    """Threads that read and decode ahead of the step."""
-    crop_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    """Size of a random crop; none: whole volumes."""
-    flip_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Share of samples mirrored left-right. 0 by default: brains are not symmetric."""
-    holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of subjects kept out of training and used for held-out evaluation."""
 
 
 class ModelSettings(Model):
@@ -259,6 +243,7 @@ class Config(Model):
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of gathers and losses runs: Triton, plain PyTorch, or (auto) Triton where there is a GPU."""
     data: Data = Data()
+    augment: Augment = Augment()
     model: ModelSettings = ModelSettings()
     mask: Mask = Mask()
     mae: Mae = Mae()
@@ -321,7 +306,8 @@ class Config(Model):
 
 MAY_CHANGE_ON_RESUME = (
     "train.num_steps", "train.stop_after_min", "train.activation_checkpointing", "train.micro_batch_volumes", "log",
-    "checkpoint", "health", "data.store", "data.loader", "data.workers", "zero", "kernels", "run",
+    "checkpoint", "health", "data.store", "data.loader", "data.workers", "data.prefetch_mb", "data.timeout_s", "zero",
+    "kernels", "run",
 )  # fmt: skip
 """Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
 compared are the hashes of its plan and scans."""

@@ -15,8 +15,8 @@ ORDER = [
         "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "spectral_patch", "compile_report",
     )),
     *(f"brainscale.{name}" for name in (
-        "settings", "prep_plan", "config", "faults", "stopping", "geometry", "schedules", "distributed", "provenance",
-        "store_files", "store",
+        "settings", "prep_plan", "data_settings", "config", "faults", "stopping", "geometry", "schedules",
+        "distributed", "provenance", "store_files", "store",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
