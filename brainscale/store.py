@@ -281,6 +281,10 @@ class Store:
         self._read("volumes", [row], crop[None], tuple(slice(c, c + s) for c, s in zip(corner_zyx, size_zyx)))
         return crop
 
+    def file_of(self, row: int) -> str:
+        """Path of the file that holds the voxels of a row."""
+        return str(self.path / _shard_file("volumes", row // self._shard_volumes))
+
     def _read(self, name: str, rows: Any, out: np.ndarray, box: tuple[slice, ...] = ()) -> np.ndarray:
         """Fill out[i] with the box of row rows[i]; tensorstore decodes into it directly, several rows at a time."""
         rows = [operator.index(row) for row in rows]

@@ -16,7 +16,7 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "settings", "prep_plan", "data_settings", "config", "faults", "stopping", "geometry", "schedules",
-        "distributed", "provenance", "store_files", "store",
+        "distributed", "provenance", "store_files", "store", "stores",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
@@ -24,7 +24,7 @@ ORDER = [
         "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
-        "sampling", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
+        "sampling", "samplers", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "report", "report_compare", "doctor",
