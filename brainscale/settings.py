@@ -7,7 +7,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,21 +17,28 @@ class InputError(ValueError):
 
 
 class Model(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings that refuses keys it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Every leaf that differs between two dumped configs, as (dotted key, old, new)."""
+    """Every leaf that differs between two dumped configs, as (dotted key, old, new). Of two lists of groups of the same
+    length, the leaves of each group (`stores.0.path`)."""
     changes = []
     for key in sorted({*old, *new}):
         name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if _are_groups(before) and _are_groups(after) and len(before) == len(after):
+            before, after = ({str(at): group for at, group in enumerate(groups)} for groups in (before, after))
         if isinstance(before, dict) and isinstance(after, dict):
             changes += changed_keys(before, after, f"{name}.")
         elif before != after:
             changes.append((name, before, after))
     return changes
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 M = TypeVar("M", bound=Model)
@@ -92,9 +99,14 @@ def to_toml(model: Model) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    """A value as TOML; groups inside a value as inline tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _sentence(model: type[Model], error: ValidationError) -> str:
@@ -104,10 +116,7 @@ def _sentence(model: type[Model], error: ValidationError) -> str:
         path = [str(p) for p in item["loc"]]
         dotted = ".".join(path)
         if item["type"] == "extra_forbidden":
-            group = model
-            for name in path[:-1]:
-                group = group.model_fields[name].annotation  # type: ignore[assignment]
-            names = sorted(group.model_fields)
+            names = sorted(_group(model, item["loc"][:-1]).model_fields)
             close = difflib.get_close_matches(path[-1], names, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             parts.append(f"unknown key {dotted!r}; {hint}Valid keys here: {', '.join(names)}")
@@ -116,3 +125,12 @@ def _sentence(model: type[Model], error: ValidationError) -> str:
         else:
             parts.append(f"{dotted} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return "; ".join(parts)
+
+
+def _group(model: type[Model], path: tuple[int | str, ...]) -> type[Model]:
+    """The group of settings at a place that pydantic names; a number is a place in a list."""
+    for name in path:
+        if isinstance(name, str):
+            kind = model.model_fields[name].annotation
+            model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Model))
+    return model

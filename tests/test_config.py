@@ -36,6 +36,14 @@ def test_misspelt_key_names_the_right_one():
         ("mask.block_fractions=[[0.0,0.01]]", "64 blocks of that size, the most that are drawn"),
         ("mask.block_aspect=[2.0,1.0]", "must rise and be positive"),
         ("jepa.predictor_heads=7", "even multiple of its 7 heads"),
+        ("optim.lr=inf", "optim.lr = inf: input should be a finite number"),
+        ("data.sampler=weighted", "need each other"),
+        ("data.weights={T1w=1}", "need each other"),
+        ("data.weights=3", "data.weights = 3"),
+        ("data.stores=[3]", "data.stores.0 = 3"),
+        ("data.stores=[{path='a'}]", "data.stores.0.weight"),
+        ("data.stores=[{path='a',weight=0}]", "data.stores.0.weight = 0: input should be greater than 0"),
+        ("data.stores=[{path='a',weight=1},{path='a',weight=1}]", "names a store twice"),
     ],
 )
 def test_bad_values_are_one_sentence(override, part):
@@ -73,6 +81,54 @@ def test_effective_settings_read_back(tmp_path):
     config = load(Config, None, ('data.store=ü"\\x', "optim.lr=1e-7", "data.crop_voxels_zyx=[16,16,16]"))
     (tmp_path / "effective.toml").write_text(to_toml(config), encoding="utf-8")
     assert load(Config, tmp_path / "effective.toml") == config
+
+
+ODD_NAMES = ("T1w", "", "1.5 T", 'a"b', "c\\d", "ü=", "{x", "\x7f\t\n")
+
+
+def test_groups_inside_a_value_read_back(tmp_path):
+    """Tables in tables and lists of them, whatever their keys are called and however small a weight is."""
+    data = {
+        "sampler": "weighted",
+        "weights": {name: 10.0 ** (7 * at - 20) for at, name in enumerate(ODD_NAMES)},
+        "stores": [{"path": f"stores/{name}", "weight": 3e-8 + at} for at, name in enumerate(ODD_NAMES)],
+    }
+    config = Config.model_validate({"data": data})
+    (tmp_path / "effective.toml").write_text(to_toml(config), encoding="utf-8")
+    again = load(Config, tmp_path / "effective.toml")
+    assert again == config and again.data.weights == data["weights"]
+    assert [entry.model_dump() for entry in again.data.stores] == data["stores"]
+
+
+def test_weights_and_stores_are_overridden(tmp_path):
+    """A whole table, one key of it, a list of tables; one key leaves the file's others as they are."""
+    config = load(Config, None, ("data.sampler=weighted", "data.weights={T1w=1,FLAIR=2}"))
+    assert config.data.weights == {"T1w": 1.0, "FLAIR": 2.0}
+    (tmp_path / "weights.toml").write_text(to_toml(config))
+    config = load(Config, tmp_path / "weights.toml", ("data.weights.T1w=2", "data.weights.T2w=0"))
+    assert config.data.weights == {"T1w": 2.0, "FLAIR": 2.0, "T2w": 0.0}
+    config = load(Config, None, ('data.stores=[{path="a",weight=1},{path="b c",weight=0.5}]',))
+    assert [(entry.path, entry.weight) for entry in config.data.stores] == [("a", 1.0), ("b c", 0.5)]
+
+
+def test_misspelt_keys_inside_a_list_name_the_right_one():
+    with pytest.raises(InputError, match=r"unknown key 'data\.stores\.1\.wieght'; did you mean 'weight'") as caught:
+        load(Config, None, ('data.stores=[{path="a",weight=1},{path="b",weight=1,wieght=2}]',))
+    assert str(caught.value).endswith("Valid keys here: path, weight")
+
+
+def test_changed_keys_inside_lists_are_named():
+    """Entry by entry where there are as many; else the lists differ as a whole."""
+    one, two, three = (
+        load(Config, None, (f"data.stores=[{stores}]",)).model_dump(mode="json")
+        for stores in (
+            '{path="a",weight=1},{path="b",weight=1}',
+            '{path="c",weight=1},{path="b",weight=2}',
+            '{path="a",weight=1}',
+        )
+    )
+    assert changed_keys(one, two) == [("data.stores.0.path", "a", "c"), ("data.stores.1.weight", 1.0, 2.0)]
+    assert [key for key, _, _ in changed_keys(one, three)] == ["data.stores"]
 
 
 def test_changed_keys_are_named():
