@@ -99,14 +99,14 @@ def permutation(seed: int, stream: int, part: int, count: int, index: int) -> np
 
 def quotas(weights: Sequence[Fraction], total: int) -> list[int]:
     """`total` places dealt by weight: largest remainder (of equal ones the first), then 1 at least to each, taken from
-    the largest quota. total: at least as many as weights, which are above 0."""
+    the largest quota (of equal ones that of less weight). total: at least as many as weights, which are above 0."""
     exact = [total * weight / sum(weights) for weight in weights]
     dealt = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda at: dealt[at] - exact[at])
     for at in by_remainder[: total - sum(dealt)]:
         dealt[at] += 1
     while 0 in dealt:
-        dealt[dealt.index(max(dealt))] -= 1
+        dealt[max(range(len(exact)), key=lambda at: (dealt[at], -exact[at]))] -= 1
         dealt[dealt.index(0)] = 1
     return dealt
 
