@@ -19,7 +19,7 @@ from brainscale.checkpoint_files import directories, remove, step_of, sweep
 from brainscale.distributed import World, gather
 from brainscale.objective import Output
 from brainscale.provenance import write_text
-from brainscale.store import Store
+from brainscale.stores import Stores
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def forget_after(run_dir: Path, step: int) -> None:
             remove(path)
 
 
-def record(run_dir: Path, step: int, computed: list[MicroBatch], store: Store, world: World) -> dict[str, Any]:
+def record(run_dir: Path, step: int, computed: list[MicroBatch], store: Stores, world: World) -> dict[str, Any]:
     """Collective: write RUN/nonfinite/step-XXXXXXXX.json, who was in the step and whose loss was not finite.
 
     step: the number that the step would have had. Returns what was written.

@@ -8,12 +8,14 @@ RUN/masks.npz         how often each cell was hidden since the last start
 """
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -23,14 +25,19 @@ import xxhash
 from brainscale import provenance
 from brainscale.checkpoint_files import TrainState
 from brainscale.config import MAY_CHANGE_ON_RESUME, Config
+from brainscale.data_settings import Data
 from brainscale.distributed import World, broadcast
 from brainscale.provenance import write_text
+from brainscale.samplers import Order
 from brainscale.sampling import held_out
 from brainscale.settings import InputError, changed_keys, to_toml
-from brainscale.store import Store, open_store
+from brainscale.store import Store
+from brainscale.stores import Stores, open_stores, store_paths, subjects_of
 
 STARTED_S = time.time()
 """When this process began."""
+STORE_PATH = re.compile(r"data\.stores\.\d+\.path")
+"""Settings that say where one of several stores lies: it may move, as `data.store` may."""
 REFUSED_LISTED = 200
 """Refused scans named in run.json; all of them stand in the store's refused.jsonl."""
 
@@ -39,39 +46,33 @@ class RunBusy(InputError):
     """The run folder cannot be held, or another process is writing it; nothing in it may be touched."""
 
 
-def open_everywhere(path: str, world: World) -> Store:
-    """Open a store on every rank; rank 0 alone checks its files and tells the others the verdict."""
-    if not path:
-        raise InputError("no store given; add data.store=STORE, a folder made by data_prep/to_zarr.py")
+def open_everywhere(data: Data, world: World) -> Stores:
+    """Open the store or stores of a run on every rank; rank 0 alone checks files and tells the others the verdict."""
+    paths = store_paths(data)
+    if not paths:
+        raise InputError(
+            "no store given; add data.store=STORE, a folder made by data_prep/to_zarr.py, or several as "
+            "'data.stores=[{path=\"STORE\",weight=1},…]'"
+        )
     problem: str | None = None
     if world.is_first:
         try:
-            open_store(Path(path))
+            open_stores(paths)
         except InputError as error:
             problem = str(error)
     problem = broadcast(problem, world)
     if problem:
         raise InputError(problem)
-    return Store(Path(path))
+    return Stores(paths)
 
 
-def split_rows(store: Store, config: Config) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(store: Store | Stores, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, held-out rows); every subject is on one side."""
     held = held_out(subjects_of(store), config.data.holdout_fraction, config.seed)
     return store.rows[~held], store.rows[held]
 
 
-def subjects_of(store: Store) -> np.ndarray:
-    """(rows,) whose scan each row is: its subject, or its own id where none is named; for equal voxels under another
-    id, the subject of the scan they repeat."""
-    ids = store.column("id").tolist()
-    subjects = {scan: subject or scan for scan, subject in zip(ids, store.column("subject").tolist())}
-    return np.array(
-        [subjects.get(twin) or subjects[scan] for scan, twin in zip(ids, store.column("duplicate_of").tolist())]
-    )
-
-
-def data_hash(store: Store, rows: np.ndarray) -> str:
+def data_hash(store: Store | Stores, rows: np.ndarray) -> str:
     """Names the training rows and their scans: another value means another order of samples."""
     at = np.searchsorted(store.rows, rows)
     lines = zip(rows, store.column("id")[at], store.column("voxels_xxh3_128")[at])
@@ -112,8 +113,8 @@ def check_resume(saved: TrainState, now: TrainState, allow_change: tuple[str, ..
     permitted = (*MAY_CHANGE_ON_RESUME, *allow_change)
     refused = [
         f"{key}: {before} → {after}"
-        for key, before, after in changed_keys(saved.config, now.config)
-        if not any(key == p or key.startswith(f"{p}.") for p in permitted)
+        for key, before, after in changed_keys(completed(saved.config, Config().model_dump(mode="json")), now.config)
+        if not any(key == p or key.startswith(f"{p}.") for p in permitted) and not STORE_PATH.fullmatch(key)
     ]
     if refused:
         raise InputError(
@@ -134,10 +135,18 @@ def check_resume(saved: TrainState, now: TrainState, allow_change: tuple[str, ..
         )
 
 
-def describe(
-    run_dir: Path, config: Config, store: Store, train_rows: np.ndarray, held_rows: np.ndarray, world: World
-) -> None:
+def completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings, and the defaults of those that the version which saved them did not have."""
+    return defaults | {
+        name: completed(value, defaults.get(name, {})) if isinstance(value, dict) else value
+        for name, value in saved.items()
+    }
+
+
+def describe(run_dir: Path, config: Config, store: Stores, order: Order, held_rows: np.ndarray, world: World) -> None:
     """Write config.toml and run.json."""
+    weights = [entry.weight for entry in config.data.stores] or [1.0]
+    trained, held = (np.bincount(store.number(rows), minlength=len(weights)) for rows in (order.rows, held_rows))
     write_text(run_dir / "config.toml", to_toml(config))
     about = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,17 +156,38 @@ def describe(
         "world_size": world.size,
         "launcher": world.launcher,
         "store": {
-            "path": str(config.data.store),
+            "path": ", ".join(store_paths(config.data)),
             "plan": store.plan.model_dump(mode="json"),
             "plan_hash": store.plan_hash,
             "volume_zyx": store.volume_zyx,
             "scans": len(store.rows),
             "not_skull_stripped": int((~store.column("skull_stripped")).sum()),
-            "training_scans": len(train_rows),
+            "training_scans": len(order.rows),
             "held_out_scans": len(held_rows),
             "refused": len(store.refused),
             "refused_by_reason": Counter(r["reason"] for r in store.refused),
             "refused_scans": store.refused[:REFUSED_LISTED],
+        },
+        "stores": [
+            {
+                "path": path,
+                "names_begin_with": prefix,
+                "weight": weight,
+                "scans": len(one.rows),
+                "training_scans": int(training),
+                "held_out_scans": int(held_out),
+            }
+            for path, prefix, weight, one, training, held_out in zip(
+                store_paths(config.data), store.prefixes, weights, store.stores, trained, held
+            )
+        ],
+        "order": {
+            "sampler": config.data.sampler,
+            "block_samples": len(order.rows),
+            "groups": [
+                {"name": group.name, "scans": len(group.rows), "units": len(group.first), "samples_of_a_block": quota}
+                for group, quota in zip(order.groups, order.quotas)
+            ],
         },
     }
     write_text(run_dir / "run.json", json.dumps(about, indent=1))

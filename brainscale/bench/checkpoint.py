@@ -42,6 +42,7 @@ from brainscale.mae import Mae
 from brainscale.prep_plan import Plan
 from brainscale.session import Session, prepare
 from brainscale.settings import load, to_toml
+from brainscale.stores import store_paths
 from brainscale.watch import Watch
 from brainscale_data_prep.convert import convert
 from brainscale_data_prep.phantom import make
@@ -74,7 +75,7 @@ def run(overrides: tuple[str, ...], config: Path | None, folder: Path | None, qu
         scratch = Path(name)
         wanted = (*base, *overrides, "log.every_steps=1", f"run.dir={scratch / 'run'}")
         settings = load(Config, config, wanted)
-        if not settings.data.store:
+        if not store_paths(settings.data):
             make(scratch / "phantoms", 6, seed=0, spacing_mm=4.0)
             convert(scratch / "phantoms", scratch / "store", PLAN, workers=1)
             settings = load(Config, config, (*wanted, f"data.store={scratch / 'store'}"))
