@@ -25,7 +25,7 @@ import numpy as np
 from brainscale import provenance
 from brainscale_data_prep.pool import ENVIRONMENT
 
-PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai", "triton")
+PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai", "torchio", "triton", "nvidia-dali-cuda130")
 """Packages whose versions stand in a line where they are installed, beside those of `provenance`."""
 
 
