@@ -91,7 +91,7 @@ def pretrain(
         ours, alone = not isinstance(error, run_folder.RunBusy), isinstance(error, StoreDamage)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
-    except train.LostRank as error:
+    except (train.LostRank, train.NoData) as error:
         code, sentence, alone = 5, str(error), True
     except (train.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
@@ -153,15 +153,15 @@ def dry_run_text(config: Config) -> str:
     import torch
 
     from brainscale.geometry import token_grid
-    from brainscale.loader import Reader
     from brainscale.masking import masked_count
     from brainscale.objective import OBJECTIVES
-    from brainscale.store import open_store
+    from brainscale.reader import Reader
+    from brainscale.stores import open_stores, store_paths
 
-    if config.data.store:
-        store = open_store(Path(config.data.store))
+    if paths := store_paths(config.data):
+        store = open_stores(paths)
         volume = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx).volume_zyx
-        origin = config.data.store
+        origin = paths[0]
     elif config.data.crop_voxels_zyx is not None:
         volume, origin = config.data.crop_voxels_zyx, "data.crop_voxels_zyx"
     else:

@@ -84,3 +84,8 @@ class Augment(Model):
     blur_fraction: float = Field(default=0.0, ge=0, le=1)
     max_blur_mm: float = Field(default=1.0, ge=0)
     """Standard deviation of a Gaussian blur, uniform from 0."""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no sample is changed."""
+        return not any(value for name, value in self if name.endswith("_fraction"))

@@ -29,9 +29,10 @@ from torch import Tensor
 from brainscale.config import Config
 from brainscale.geometry import Zyx, token_coordinates
 from brainscale.jepa import Jepa
-from brainscale.loader import Batch, Reader
+from brainscale.loader import Batch, collate, stacked
 from brainscale.masking import Masks, draw_masks
 from brainscale.objective import Objective
+from brainscale.reader import Reader
 from brainscale.run_folder import subjects_of
 from brainscale.sampling import Draw
 
@@ -68,16 +69,14 @@ class Probe:
         self.rank_is_known = tokens >= wanted
         size = min(config.train.micro_batch_volumes, config.train.global_batch_volumes)
         self.kept = [
-            reader.collate([self._draw(row) for row in rows[at : at + size]], read[at : at + size])
+            collate(reader, [self._draw(row) for row in rows[at : at + size]], *stacked(read[at : at + size]))
             for at in range(0, len(rows), size)
         ]
         at = np.searchsorted(reader.store.rows, self.rows)
         self.partner = partners(subjects_of(reader.store)[at], reader.store.column("contrast")[at])
 
     def _draw(self, row: int) -> Draw:
-        cell, store = self.reader.cell, self.reader.store
-        z, y, x = ((v - c) // 2 // cell * cell for v, c in zip(store.volume_zyx, self.reader.volume_zyx))
-        return Draw(FIRST_INDEX, row, (z, y, x), False)
+        return Draw(FIRST_INDEX, row, self.reader.centre(), False)
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """The volumes, as many at once as in training. They are kept in host memory."""

@@ -23,11 +23,12 @@ from torch import Tensor
 from brainscale import run_folder
 from brainscale.config import Config
 from brainscale.geometry import Zyx, patchify
-from brainscale.loader import Batch, Reader
+from brainscale.loader import Batch, read_batch
 from brainscale.mae import Mae, assemble, patch_deviation
 from brainscale.masking import Masks, draw_masks
 from brainscale.objective import Objective
 from brainscale.provenance import write_text
+from brainscale.reader import Reader
 from brainscale.sampling import Draw
 
 FIRST_INDEX = 2**62
@@ -66,7 +67,7 @@ class Holdout:
     def case(self, number: int, device: torch.device, mask_number: int = 0) -> Case:
         """The `number`-th held-out volume under its `mask_number`-th mask."""
         index = FIRST_INDEX + number + mask_number * len(self.rows)
-        batch = self.reader.batch([Draw(index, int(self.rows[number]), self._centre(), False)])
+        batch = read_batch(self.reader, [Draw(index, int(self.rows[number]), self.reader.centre(), False)])
         masks = draw_masks(self.config, batch.sample_index, batch.foreground, self.reader.grid_zyx)
         return Case(batch.to(device), masks.to(device))
 
@@ -76,11 +77,6 @@ class Holdout:
         others = [i for i in others if self.subjects[i] != self.subjects[number]]
         alike = [i for i in others if self.contrasts[i] == self.contrasts[number]]
         return next(iter(alike or others), None)
-
-    def _centre(self) -> Zyx:
-        cell = self.reader.cell
-        z, y, x = ((v - c) // 2 // cell * cell for v, c in zip(self.reader.store.volume_zyx, self.reader.volume_zyx))
-        return z, y, x
 
     @torch.no_grad()
     def evaluate(self, model: Objective, device: torch.device, step: int, folder: Path | None) -> dict[str, float]:
@@ -158,7 +154,7 @@ class Holdout:
     def _foreground(self, model: Mae, case: Case) -> Tensor:
         """(1,Km,P) bool: masked voxels above the scan's foreground threshold, in tokens that hold foreground."""
         store, row = self.reader.store, int(case.batch.row[0])
-        at = self.reader.position[row]
+        at = self.reader.at(row)
         scale, offset, threshold = (store.column(name)[at] for name in ("scale", "offset", "foreground_threshold"))
         values = patchify(case.batch.volumes, self.reader.patch_zyx)[0].double() * scale + offset
         inside = (values > threshold) & (case.batch.foreground[0] > 0)[:, None]
@@ -170,7 +166,7 @@ class Holdout:
         chosen = self.train_rows[np.linspace(0, len(self.train_rows) - 1, count).round().astype(int)]
         total = torch.zeros(1, 1, *self.reader.volume_zyx)
         for row in chosen:
-            b = self.reader.batch([Draw(0, int(row), self._centre(), False)])
+            b = read_batch(self.reader, [Draw(0, int(row), self.reader.centre(), False)])
             total += (b.volumes.float() * b.scale + b.offset).clamp(float(b.low), float(b.high))
         return total / count
 

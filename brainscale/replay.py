@@ -17,6 +17,7 @@ from brainscale import engine as deep
 from brainscale import metrics, nonfinite, session
 from brainscale.config import Config
 from brainscale.distributed import World, broadcast, gather
+from brainscale.loader import read_batch
 from brainscale.masking import draw_masks
 from brainscale.schedules import learning_rate
 from brainscale.settings import InputError, load
@@ -101,11 +102,11 @@ def losses(run: session.Session, first: int, step: int) -> list[dict[str, Any]]:
     found = []
     for number in range(run.accumulation):
         for drawn in run.loader.draws(first + number * stride):
-            batch = reader.batch([drawn])
+            batch = read_batch(reader, [drawn])
             masks = draw_masks(config, batch.sample_index, batch.foreground, run.grid_zyx)
             device = run.world.device
             out = run.model(batch.to(device), masks.to(device), asked)
-            scan = str(run.store.column("id")[reader.position[drawn.row]])
+            scan = str(run.store.column("id")[reader.at(drawn.row)])
             found.append({"sample_index": drawn.index, "row": drawn.row, "id": scan, "loss": float(out.loss)})
     return found
 

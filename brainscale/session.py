@@ -11,16 +11,19 @@ from brainscale import checkpoint, metrics, nonfinite, provenance, run_folder, t
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState, read_state, step_of
 from brainscale.config import Config
+from brainscale.dali_loader import choose_loader
 from brainscale.distributed import World
 from brainscale.geometry import Zyx
 from brainscale.holdout import Holdout
 from brainscale.jepa import Jepa
 from brainscale.layers import initialise
-from brainscale.loader import Loader, Reader
+from brainscale.loader import Loader
 from brainscale.masking import Coverage, masked_count
 from brainscale.objective import OBJECTIVES, Objective
 from brainscale.ops import choose, refuse
-from brainscale.store import Store
+from brainscale.reader import Reader
+from brainscale.samplers import make_order
+from brainscale.stores import Stores
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Session:
     config: Config
     run_dir: Path
     world: World
-    store: Store
+    store: Stores
     loader: Loader
     holdout: Holdout | None
     accumulation: int
@@ -59,7 +62,7 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
-        run_folder.describe(run_dir, config, session.store, session.loader.rows, held, world)
+        run_folder.describe(run_dir, config, session.store, session.loader.order, held, world)
     return session
 
 
@@ -70,14 +73,15 @@ def build(
 
     Writes nothing. Raises InputError for settings or data that cannot work.
     """
-    store = run_folder.open_everywhere(config.data.store, world)
-    reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx)
+    store = run_folder.open_everywhere(config.data, world)
+    reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx, config.seed)
     masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
     train_rows, held_rows = run_folder.split_rows(store, config)
+    order = make_order(store, train_rows, config)
     micro, accumulation = deep.batch_split(config, world.size)
     state = TrainState(
         step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
-        data_hash=run_folder.data_hash(store, train_rows), volume_zyx=reader.volume_zyx,
+        data_hash=run_folder.data_hash(store, order.rows), volume_zyx=reader.volume_zyx,
         versions=provenance.versions(), world_size=world.size, zero_stage=deep.zero_stage(config, accumulation),
         micro_batch_volumes=micro, accumulation=accumulation,
     )  # fmt: skip
@@ -94,7 +98,10 @@ def build(
     kernels = choose(config.kernels, world.device)
     if config.spectral.weight:
         refuse(config.kernels, world.device, config.spectral.scope, config.model.patch_voxels_zyx)
-    voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}")
+    loader_class, why = choose_loader(config.data.loader, world.device)
+    voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}; loader: {why}")
+    if any(c > v for c, v in zip(reader.volume_zyx, store.volume_zyx)):
+        voice.line(f"crops of {reader.volume_zyx} of volumes of {store.volume_zyx} voxels (z, y, x): padded")
     if state.zero_stage != config.zero.stage:
         voice.line(f"ZeRO stage {state.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")
     model = OBJECTIVES[config.objective](config, reader.volume_zyx)
@@ -106,8 +113,8 @@ def build(
         checkpoint.load(engine, found)
         before = "" if topology(saved) == topology(state) else f", saved by {topology(saved)}"
         voice.line(f"resumed from {found} at step {state.step}{before}")
-    loader = Loader(reader, train_rows, config, world.rank, world.size, micro)
-    holdout = Holdout(reader, held_rows, train_rows, config) if len(held_rows) else None
+    loader = loader_class(reader, order, config, world.rank, world.size, micro, world.device)
+    holdout = Holdout(reader, held_rows, order.rows, config) if len(held_rows) else None
     coverage = Coverage(int(np.prod(reader.grid_zyx)))
     return Session(config, run_dir, world, store, loader, holdout, accumulation, state, model, engine, voice, coverage)
 

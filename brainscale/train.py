@@ -13,6 +13,7 @@ from brainscale.checkpoint_files import TrainState
 from brainscale.config import Checkpoint, Config
 from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
+from brainscale.feed import LoaderFailed
 from brainscale.loader import Batch
 from brainscale.mae import Mae
 from brainscale.masking import draw_masks
@@ -33,6 +34,11 @@ class LostRank(TrainingStopped):
     """Another rank is dead, stopped or failed; the message names it."""
 
 
+class NoData(TrainingStopped):
+    """This rank gets no batches any more: a process that reads is dead, or the disk hangs; the message says which
+    samples were waited for."""
+
+
 class StoppedEarly(RuntimeError):
     """The run was asked to stop, or its disk is full (exit code 75); the same command continues it."""
 
@@ -41,8 +47,9 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
     """Train to `train.num_steps`, continuing from the newest checkpoint of the run folder.
 
     allow_change: keys that a resumed run may change besides those of MAY_CHANGE_ON_RESUME. The process group must
-    exist. Raises InputError for settings or data that cannot work; TrainingStopped when too many steps are not finite
-    or another rank is gone; StoppedEarly when `stop` or the time says so (the state is saved then) or the disk is full.
+    exist. Raises InputError for settings or data that cannot work; TrainingStopped when too many steps are not finite,
+    another rank is gone or no batches come; StoppedEarly when `stop` or the time says so (the state is saved then) or
+    the disk is full.
     """
     with run_folder.locked(run_dir, world):
         if world.is_first:
@@ -57,6 +64,9 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
         except InputError as error:
             watch.tell(error)
             raise
+        except LoaderFailed as error:
+            watch.tell(error)
+            raise NoData(str(error)) from error
         except Exception as error:
             if blamed := watch.blame(error):
                 raise LostRank(blamed) from error
@@ -80,7 +90,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     meter.resume(state.meter)
     monitor = health.Monitor(config)
     monitor.resume(metrics.read(run_dir / "metrics.jsonl"))
-    reader, rows = session.loader.reader, session.loader.rows
+    reader, rows = session.loader.reader, session.loader.order.rows
     probe = health.Probe(reader, rows, config) if config.health.probe_every_steps else None
     if probe is not None and state.step == 0:
         with watch.patience(0, "evaluate", config.health.first_timeout_s):

@@ -13,7 +13,7 @@ from brainscale import cli, health, metrics, session
 from brainscale.config import Config
 from brainscale.jepa import Jepa
 from brainscale.layers import initialise
-from brainscale.loader import Reader
+from brainscale.reader import Reader
 from brainscale.settings import load
 from brainscale.store import open_store
 

@@ -12,8 +12,8 @@ from brainscale.config import Config
 from brainscale.geometry import patchify
 from brainscale.holdout import Holdout, radial_power
 from brainscale.layers import initialise
-from brainscale.loader import Reader
 from brainscale.mae import Mae
+from brainscale.reader import Reader
 from brainscale.settings import load
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_errors_count_foreground_by_value(scale, tmp_path, config):
     case = holdout.case(0, CPU)
     row = int(case.batch.row[0])
     values = holdout.reader.store.volumes([row])[0].astype(float) * scale + 3.0 * scale
-    at = holdout.reader.position[row]
+    at = holdout.reader.at(row)
     inside = values > holdout.reader.store.column("foreground_threshold")[at]
     ids = case.masks.masked[0]
     assert torch.equal(

@@ -24,7 +24,8 @@ ORDER = [
         "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
-        "sampling", "samplers", "masking", "ops", "loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
+        "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "loader", "dali_source",
+        "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "report", "report_compare", "doctor",
@@ -40,6 +41,7 @@ DOORS = {
     "tensorstore": {"brainscale/store.py"},
     "nibabel": {"data_prep/nifti.py"},
     "nilearn": {"data_prep/phantom.py"},
+    "nvidia": {"brainscale/dali_loader.py"},
     "submitit": {"slurm"},
 }
 

@@ -7,43 +7,69 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainscale.config import Config, Mask
+from brainscale.data_settings import Augment
 from brainscale.masking import draw_masks, masked_count
-from brainscale.sampling import draw, epoch_order, held_out, words
+from brainscale.sampling import SAME, Change, draw, draw_change, held_out, words
 from brainscale.settings import InputError
-
-SIZES = st.integers(1, 200)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(0, 5), SIZES)
-def test_every_row_once_per_epoch(seed, epoch, count):
-    rows = np.arange(count) * 3
-    drawn = [draw(seed, epoch * count + i, rows, (8, 8, 8), (8, 8, 8), 4, 0.0).row for i in range(count)]
-    assert sorted(drawn) == rows.tolist()
-
-
-def test_epochs_and_seeds_differ():
-    orders = {tuple(epoch_order(seed, epoch, 50)) for seed in (0, 1) for epoch in (0, 1)}
-    assert len(orders) == 4
 
 
 def test_streams_are_fixed_for_ever():
     """A checkpoint made with another numpy must find the same order."""
     assert words(7, 0, 3, 2).tolist() == [13918315942059181947, 18007048821034219458]
-    assert epoch_order(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 10**12))
 def test_crops_lie_inside_on_cells(seed, index):
-    d = draw(seed, index, np.arange(5), (80, 96, 88), (40, 96, 32), 4, 0.5)
+    d = draw(seed, index, 3, (80, 96, 88), (40, 96, 32), 4, 0.5, Augment())
     for corner, crop, volume in zip(d.corner_zyx, (40, 96, 32), (80, 96, 88)):
         assert corner % 4 == 0 and 0 <= corner <= volume - crop
-    assert d == draw(seed, index, np.arange(5), (80, 96, 88), (40, 96, 32), 4, 0.5)
+    assert d == draw(seed, index, 3, (80, 96, 88), (40, 96, 32), 4, 0.5, Augment())
 
 
 def test_every_corner_and_both_sides_are_drawn():
-    draws = [draw(0, i, np.arange(3), (16, 8, 8), (8, 8, 8), 4, 0.25) for i in range(2000)]
+    draws = [draw(0, i, 0, (16, 8, 8), (8, 8, 8), 4, 0.25, Augment()) for i in range(2000)]
     assert {d.corner_zyx[0] for d in draws} == {0, 4, 8}
     assert 0.2 < np.mean([d.flip for d in draws]) < 0.3
+
+
+def test_a_crop_longer_than_the_volume_is_padded_on_both_sides():
+    d = draw(0, 5, 0, (16, 24, 16), (32, 8, 20), 4, 0.0, Augment())
+    assert d.corner_zyx[0] == -8 and d.corner_zyx[2] == -4 and 0 <= d.corner_zyx[1] <= 16
+
+
+FRACTIONS = {name: 1.0 for name in Augment.model_fields if name.endswith("_fraction")}
+
+
+def test_nothing_is_changed_by_default():
+    assert draw(0, 1, 0, (8, 8, 8), (8, 8, 8), 4, 0.0, Augment()).change is SAME
+    assert not SAME.moves and not SAME.alters
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 10**12))
+def test_changes_stay_within_their_settings(seed, index):
+    augment = Augment(**FRACTIONS)
+    change = draw_change(augment, seed, index)
+    assert max(map(abs, change.rotation_deg_zyx)) <= 10 and 1 / 1.1 <= change.scale <= 1.1
+    assert 1 / 1.5 <= change.gamma <= 1.5 and 1 / 1.2 <= change.gain <= 1.2
+    assert 0 <= change.noise_std <= 0.05 and 0 <= change.blur_mm <= 1 and 0 <= change.bias[0] <= np.log(1.4)
+    assert change.moves and change.alters and change == draw_change(augment, seed, index)
+
+
+@pytest.mark.parametrize("kind", sorted(FRACTIONS))
+def test_switching_one_change_on_leaves_the_others_as_they_are(kind):
+    everything, one = Augment(**FRACTIONS), Augment(**{kind: 1.0})
+    for index in range(20):
+        alone, among = draw_change(one, 3, index), draw_change(everything, 3, index)
+        changed = {name for name in Change.__dataclass_fields__ if getattr(alone, name) != getattr(SAME, name)}
+        assert changed and all(getattr(alone, name) == getattr(among, name) for name in changed)
+
+
+def test_changes_have_their_shares():
+    augment = Augment(affine_fraction=0.25, noise_fraction=0.5)
+    changes = [draw_change(augment, 0, index) for index in range(2000)]
+    assert abs(np.mean([c.moves for c in changes]) - 0.25) < 0.04
+    assert abs(np.mean([c.noise_std > 0 for c in changes]) - 0.5) < 0.045
+    assert abs(np.mean([c.scale for c in changes if c.moves]) - 1) < 0.01
 
 
 @given(st.lists(st.sampled_from([f"sub-{i:02d}" for i in range(30)]), min_size=10), st.integers(0, 100))

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import FULL, TINY_GRID_ZYX, losses, refusal, run_brainscale, write_tiny_store
+from conftest import FULL, losses, refusal, run_brainscale, write_tiny_store
 
 from brainscale import metrics, run_folder
 from brainscale.config import Config
 from brainscale.prep_plan import Plan
-from brainscale.sampling import draw
+from brainscale.samplers import make_order
 from brainscale.settings import load
-from brainscale.store import open_store
+from brainscale.stores import open_stores
 
 
 def test_a_run_leaves_everything(unbroken):
@@ -59,8 +59,8 @@ def test_damage_that_one_rank_meets_is_named(tiny_config, tmp_path):
     """A bit flipped in a volume that only rank 1 reads: its file is named in the output and in exit.json."""
     broken = write_tiny_store(tmp_path / "store", plan=Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=1))
     config = load(Config, tiny_config)
-    rows, _ = run_folder.split_rows(open_store(broken), config)
-    row = draw(config.seed, 2, rows, TINY_GRID_ZYX, TINY_GRID_ZYX, 4, 0.0).row
+    store = open_stores([broken])
+    row = make_order(store, run_folder.split_rows(store, config)[0], config).row(2)
     shard = broken / "volumes" / "c" / str(row) / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     for at in range(0, len(data) - 100, 50):
