@@ -226,6 +226,8 @@ class Log(Model):
     """Held-out volumes whose reconstructions (or features) are kept for the report."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where numbers go besides metrics.jsonl. One that fails or hangs changes nothing in the run."""
+    profile_every_steps: int = Field(default=1000, ge=0)
+    """How often a step is sampled for what it consists of (`step_profile.py`), and the 20th of a process; 0: never."""
 
 
 class Run(Model):

@@ -3,7 +3,8 @@
     BRAINSCALE_FAULTS="NAME:ACTION[@rank=R][@hit=N]; …"     e.g. "save.renamed:kill@rank=0@hit=2"
 
 NAME may end in * for every point that begins so. Actions: kill (SIGKILL), stop (SIGSTOP), term (SIGTERM, all to this
-process), full (the error of a full disk), hang (sleep for ever). hit: only at the N-th passing, counted from 1.
+process), full (the error of a full disk), hang (sleep for ever), slow (sleep SLOW_S). hit: only at the N-th passing,
+counted from 1.
 """
 
 import errno
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from brainscale.settings import InputError
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-ACTIONS = (*SIGNALS, "full", "hang")
+ACTIONS = (*SIGNALS, "full", "hang", "slow")
+SLOW_S = 0.1
+"""Long beside a step of a tiny model, so that what is slow is what the others wait for."""
 
 
 @dataclass
@@ -68,4 +71,4 @@ def _act(name: str) -> None:
         elif fault.action == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         else:
-            time.sleep(1e9)
+            time.sleep(SLOW_S if fault.action == "slow" else 1e9)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.profiler import record_function
 
 from brainscale.config import Config
 from brainscale.distributed import World
@@ -103,12 +104,13 @@ class Clock:
 
     def __init__(self, step: int, before_s: float) -> None:
         """step: finished steps; before_s: seconds of training before this process."""
-        self.before_s, self.start = before_s, time.monotonic()
+        self.before_s, self.start, self.first = before_s, time.monotonic(), step
         self._mark(step, self.start)
 
     def _mark(self, step: int, now: float) -> None:
         self.at_step, self.since = step, now
         self.seconds = {"data_s": 0.0, "other_s": 0.0, "checkpoint_s": 0.0}
+        self.left_out, self.left_out_s, self.left_out_data_s = 0, 0.0, 0.0
 
     def total_s(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -116,21 +118,38 @@ class Clock:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Count a block as waiting for data, as a checkpoint, or as other than training."""
+        """Count a block as waiting for data, as a checkpoint, or as other than training. A profiler sees it by name."""
         begin = time.monotonic()
-        yield
+        with record_function(name):
+            yield
         self.seconds[name] += time.monotonic() - begin
+
+    @contextmanager
+    def slowed(self) -> Iterator[None]:
+        """A step that is slower for being measured: left out of the means, unless the interval has no other."""
+        begin, data_s = time.monotonic(), self.seconds["data_s"]
+        yield
+        self.left_out += 1
+        self.left_out_s += time.monotonic() - begin
+        self.left_out_data_s += self.seconds["data_s"] - data_s
 
     def read(
         self, step: int, samples: int, volume_zyx: Zyx, flops_per_sample: float, world: World
     ) -> dict[str, float | None]:
-        """Seconds per step and rates since the last read. samples: per optimizer step."""
-        now, steps = time.monotonic(), step - self.at_step
+        """Seconds per step and rates since the last read, and seconds of checkpoints and of all else that is no
+        training. samples: per optimizer step. Collective."""
+        now, steps, data_s = time.monotonic(), step - self.at_step, self.seconds["data_s"]
         apart = self.seconds["other_s"] + self.seconds["checkpoint_s"]
+        if steps > self.left_out:
+            steps, data_s, apart = steps - self.left_out, data_s - self.left_out_data_s, apart + self.left_out_s
         step_s = max(1e-9, now - self.since - apart) / steps
+        waits = torch.tensor(data_s / steps / step_s, dtype=torch.float64, device=world.device)
+        if world.size > 1:
+            dist.all_reduce(waits, dist.ReduceOp.MAX)
         line = {
-            "time_s": self.total_s(), "step_s": step_s, "data_s": self.seconds["data_s"] / steps,
-            "data_wait_fraction": self.seconds["data_s"] / steps / step_s, "checkpoint_s": self.seconds["checkpoint_s"],
+            "time_s": self.total_s(), "process_steps": step - self.first, "step_s": step_s, "data_s": data_s / steps,
+            "data_wait_fraction": data_s / steps / step_s, "data_wait_max_fraction": float(waits),
+            "checkpoint_s": self.seconds["checkpoint_s"], "other_s": self.seconds["other_s"],
             "voxels_per_s": samples * volume_zyx[0] * volume_zyx[1] * volume_zyx[2] / step_s,
             "mfu": mfu(samples * flops_per_sample, step_s, world),
         }  # fmt: skip

@@ -3,11 +3,12 @@
 import errno
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brainscale import checkpoint, distributed, health, metrics, nonfinite, run_folder, stopping
+from brainscale import checkpoint, distributed, health, metrics, nonfinite, run_folder, step_profile, stopping
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
 from brainscale.config import Checkpoint, Config
@@ -24,6 +25,7 @@ from brainscale.settings import InputError
 from brainscale.watch import Watch
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_SAMPLED: AbstractContextManager[dict[str, float]] = nullcontext({})
 
 
 class TrainingStopped(RuntimeError):
@@ -100,16 +102,20 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         begin, before = time.monotonic(), state
         lr = learning_rate(config.optim, step, config.train.num_steps)
         deep.set_learning_rate(engine, lr)
-        computed = compute(session, batches, step, watch, clock)
-        state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
-        if engine.was_step_applied():
-            state = replace(state, skipped_in_a_row=0)
-            for micro in computed:
-                meter.add(micro.out)
-            session.model.after_step(step)
-        else:
-            state = replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
-            leave_out(session, before, computed)
+        sampled = world.is_first and step_profile.wanted(step + 1, step + 1 - first, config.log.profile_every_steps)
+        with step_profile.sampling(world.device, clock, voice.line) if sampled else NOT_SAMPLED as profile:
+            computed = compute(session, batches, step, watch, clock)
+            state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
+            if engine.was_step_applied():
+                state = replace(state, skipped_in_a_row=0)
+                for micro in computed:
+                    meter.add(micro.out)
+                session.model.after_step(step)
+            else:
+                state = replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+                leave_out(session, before, computed)
+        if writer is not None and profile:
+            writer.write({"step": state.step, "profile": profile})
         if step == first:
             watch.set_timeout(config.health.timeout_s)
 
@@ -187,8 +193,8 @@ def compute(
     computed = []
     for _ in range(session.accumulation):
         watch.at(step + 1, "data")
-        fault_point("step.data")
         with clock.span("data_s"):
+            fault_point("step.data")
             batch, _ = next(batches)
         watch.at(step + 1, "forward")
         masks = draw_masks(config, batch.sample_index, batch.foreground, session.grid_zyx)

@@ -27,7 +27,7 @@ ORDER = [
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "loader", "dali_source",
         "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
-        "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
+        "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "report", "report_compare", "doctor",
         "replay", "cli_data", "cli_bench", "cli_runs", "cli",
     )),

@@ -21,7 +21,8 @@ def test_a_run_leaves_everything(unbroken):
     assert list(lines) == list(range(1, 41))
     wanted = {
         "loss", "pixel_loss", "spectral_loss", "lr", "grad_norm", "samples", "time_s", "step_s", "data_s",
-        "data_wait_fraction", "checkpoint_s", "voxels_per_s", "mfu", "mask_fraction", "skipped_steps",
+        "data_wait_fraction", "data_wait_max_fraction", "checkpoint_s", "other_s", "process_steps",
+        "voxels_per_s", "mfu", "mask_fraction", "skipped_steps",
     }  # fmt: skip
     assert all(wanted <= set(line) for line in lines.values())
     assert "holdout_loss" in lines[20] and "holdout_loss" in lines[40]
