@@ -28,7 +28,8 @@ app = App(
     help=f"""Pretrain 3D vision transformers on brain MRI by self-supervision.
 
 The way through: `to-zarr` (NIfTI → store), `pretrain` (store → checkpoints), `report` (a page to look at).
-`phantom` makes synthetic brains, so that all of it runs without data; `doctor` checks a store.
+`phantom` makes synthetic brains, so that all of it runs without data; `doctor` checks a store, and says what a run
+waits for.
 
 Example: brainscale phantom data/phantom && brainscale to-zarr data/phantom stores/phantom
 

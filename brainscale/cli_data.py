@@ -1,4 +1,4 @@
-"""The commands from NIfTI to a store and back: phantom, to-zarr, export-nifti, doctor."""
+"""The commands from NIfTI to a store and back: phantom, to-zarr, export-nifti; and doctor, also of runs."""
 
 import os
 import signal
@@ -234,20 +234,35 @@ def export_nifti(store: Path, row: int, file: Path | None = None, /) -> None:
     print(file)
 
 
-def doctor(store: Path, /, *, deep: bool = False) -> None:
-    """Say in one line each what is wrong with a store; exit code 4 when something is.
+def doctor(store_or_run: Path, /, *, deep: bool = False) -> None:
+    """Say in one line each what is wrong with a store (exit code 4 when something is), or what a run waits for and
+    which setting to change.
 
     Example: brainscale doctor stores/brains --deep
 
+    Example: brainscale doctor runs/a
+
     Parameters
     ----------
-    store
-        A store made by to-zarr.
+    store_or_run
+        A store made by to-zarr, or a folder that pretrain writes; a run may be looked at while it goes on.
     deep
-        Re-hash every file and decode every volume.
+        Of a store: re-hash every file and decode every volume.
     """
-    from brainscale.doctor import check_store, describe_store
+    from brainscale.doctor import check_store, describe_store, is_run
 
+    if is_run(store_or_run):
+        if deep:
+            raise InputError(
+                f"--deep is for stores, and {store_or_run} is a run; leave it out, or use "
+                f"`brainscale checkpoint verify {store_or_run}` for its checkpoints"
+            )
+        from brainscale import report, run_doctor
+
+        run = report.read(store_or_run)
+        print(run_doctor.text(str(store_or_run), run_doctor.diagnose(run.metrics, run.config, run.about, run.ending)))
+        return
+    store = store_or_run
     problems = check_store(store, deep)
     if problems:
         print("\n".join(problems))

@@ -1,4 +1,4 @@
-"""Is this store whole, and what is in it: the sentences that `brainscale doctor` prints."""
+"""Is this store whole, and what is in it: the sentences that `brainscale doctor` prints of stores."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,18 @@ from pathlib import Path
 from brainscale.settings import InputError
 from brainscale.store import Store, damage
 from brainscale.store_files import COMPLETE, PLAN
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run folder, and no store. Raises InputError when it is neither."""
+    if any((path / name).exists() for name in (COMPLETE, PLAN)):
+        return False
+    if (path / "config.toml").is_file() and any((path / name).is_file() for name in ("run.json", "metrics.jsonl")):
+        return True
+    raise InputError(
+        f"{path} is neither a store nor a run; give a folder made by data_prep/to_zarr.py, or one that `brainscale "
+        "pretrain` wrote"
+    )
 
 
 def check_store(path: Path, deep: bool) -> list[str]:

@@ -29,6 +29,7 @@ from brainscale.figures import (
 )
 from brainscale.provenance import write_text
 from brainscale.report_health import health_charts, monitors
+from brainscale.run_doctor import diagnose
 from brainscale.settings import InputError, load
 
 MAX_EVALUATIONS = 6
@@ -78,6 +79,7 @@ def write(run_dir: Path) -> Path:
         losses=loss_charts(run.metrics, run.config.objective),
         spectra=spectrum_charts(evaluations, run.config),
         speed=speed_charts(run.metrics),
+        diagnosis=diagnose(run.metrics, run.config, run.about, run.ending),
     )
     return put(page, run_dir / "report.html")
 

@@ -28,7 +28,7 @@ ORDER = [
         "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
-        "qc_figures", "qc", "report_health", "report", "report_compare", "doctor",
+        "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
         "replay", "cli_data", "cli_bench", "cli_runs", "cli",
     )),
     "brainscale.__main__",
