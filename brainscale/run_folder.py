@@ -8,6 +8,7 @@ RUN/masks.npz         how often each cell was hidden since the last start
 """
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -152,7 +153,7 @@ def describe(run_dir: Path, config: Config, store: Stores, order: Order, held_ro
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
-        "machine": {"cpu": provenance.cpu_name(), "device": device_name(world)},
+        "machine": {"cpu": provenance.cpu_name(), "device": device_name(world), **cores()},
         "world_size": world.size,
         "launcher": world.launcher,
         "store": {
@@ -203,6 +204,11 @@ def write_exit(run_dir: Path, code: int, sentence: str, world: World) -> None:
         return
     record = {"code": code, "sentence": sentence, "rank": world.rank}
     write_text(path, json.dumps({**record, "utc": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
+
+
+def cores() -> dict[str, int]:
+    """Cores that this process may use, and how many ranks share them."""
+    return {"cores": len(os.sched_getaffinity(0)), "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
 
 
 def device_name(world: World) -> str:
