@@ -86,9 +86,8 @@ def diagnose(metrics: Metrics, config: Config, about: dict[str, Any], ending: di
     worth = sorted((name for name in ADVICE if (shares[name] or 0) >= WORTH), key=lambda name: -(shares[name] or 0))
     advice = [f"{NAMES[name]}, {shares[name]:.0%} of the time: {ADVICE[name](config, about)}" for name in worth]
     hours = sum(part.seconds for part in parts) / steps / 3600
-    return Diagnosis(
-        verdict_of(shares), seen, shares, (*starving(parts), *advice), notes(metrics, config, ending, last, hours)
-    )
+    verdict = verdict_of(shares, bool(starving(parts)))
+    return Diagnosis(verdict, seen, shares, (*starving(parts), *advice), notes(metrics, config, ending, last, hours))
 
 
 def text(name: str, found: Diagnosis) -> str:
@@ -147,15 +146,16 @@ def time_shares(parts: list[Interval], profile: dict[str, float]) -> dict[str, f
 # ------------------------------------------------------------------------------------------------- words
 
 
-def verdict_of(shares: dict[str, float | None]) -> str:
-    """What the run waits for most."""
+def verdict_of(shares: dict[str, float | None], another_starves: bool) -> str:
+    """What the run waits for most. another_starves: whether another rank than the first waits for data."""
     compute = shares["compute"]
     waits = {name: share for name, share in shares.items() if name != "compute" and share is not None}
     most = max(waits, key=lambda name: waits[name])
     if compute is not None and compute >= BOUND:
         return f"compute-bound, {compute:.0%} of the time: nothing to gain from the loader"
     if waits[most] >= WORTH:
-        return f"waits for {NAMES[most]} most, {waits[most]:.0%} of the time"
+        why = ", in which another rank waits for data" if another_starves and most == "communication" else ""
+        return f"waits for {NAMES[most]} most, {waits[most]:.0%} of the time{why}"
     if compute is None:
         return f"data, checkpoints, evaluation and probes take less than {WORTH:.0%} each; the rest is not known"
     return f"computes {compute:.0%} of the time; nothing else takes {WORTH:.0%}"
@@ -208,7 +208,8 @@ def of_communication(config: Config, about: dict[str, Any]) -> str:
         todo.append(f"lower zero.stage (now {stage}) if memory allows, since stages 2 and 3 send more")
     if config.train.global_batch_volumes > micro * about.get("world_size", 1):
         todo.append(f"raise train.micro_batch_volumes (now {micro}): fewer accumulated passes, fewer exchanges")
-    todo.append("look at the links between GPUs and nodes (NCCL_DEBUG=INFO says which are used)")
+    tells = " (NCCL_DEBUG=INFO says which are used)" if on_gpu(about) else ""
+    todo.append(f"look at the links between ranks and machines{tells}")
     todo.append("more volumes per step (train.global_batch_volumes) send the same bytes less often, but change results")
     return "; ".join(todo)
 

@@ -149,17 +149,21 @@ def test_a_run_that_waits_for_communication():
     assert (
         "\ncommunication, 40% of the time: lower zero.stage (now 3) if memory allows, since stages 2 and 3 send more; "
         "raise train.micro_batch_volumes (now 8): fewer accumulated passes, fewer exchanges; look at the links between "
-        "GPUs and nodes (NCCL_DEBUG=INFO says which are used); more volumes per step (train.global_batch_volumes) send "
+        "ranks and machines (NCCL_DEBUG=INFO says which are used); more volumes per step (train.global_batch_volumes) send "
         "the same bytes less often, but change results\n"
     ) in found
     assert "lower zero.stage" not in said(lines) and "accumulated" not in said(lines) and "another rank" not in found
 
 
 def test_communication_that_is_another_rank_s_waiting_for_data():
+    found = said(run({"compute": 0.4, "communication": 0.6}, largest=0.6))
+    assert found.startswith(
+        "runs/a: waits for communication most, 59% of the time, in which another rank waits for data\n"
+    )
     assert (
         "\nanother rank waits for data 60% of its steps, rank 0 1%, and the ranks wait for each other, which is "
         "communication: look at the cores and the disk of that rank's machine, and raise data.workers\ncommunication, "
-    ) in said(run({"compute": 0.4, "communication": 0.6}, largest=0.6))
+    ) in found
 
 
 def test_a_run_that_waits_for_copies_and_launches():
@@ -266,5 +270,5 @@ def test_a_run_with_one_slow_rank_is_told_so(tiny_store, tiny_config, tmp_path):
     faults = "step.data:slow@rank=1"
     run_ranks("pretrain", tiny_config, *arguments, *quiet, ranks=2, faults=faults, logs=tmp_path / "logs")
     found = of(tmp_path / "run")
-    assert found.verdict.startswith("waits for communication most")
+    assert found.verdict.startswith("waits for communication most") and "another rank waits for data" in found.verdict
     assert found.advice[0].startswith("another rank waits for data")
