@@ -149,8 +149,8 @@ def test_a_run_that_waits_for_communication():
     assert (
         "\ncommunication, 40% of the time: lower zero.stage (now 3) if memory allows, since stages 2 and 3 send more; "
         "raise train.micro_batch_volumes (now 8): fewer accumulated passes, fewer exchanges; look at the links between "
-        "ranks and machines (NCCL_DEBUG=INFO says which are used); more volumes per step (train.global_batch_volumes) send "
-        "the same bytes less often, but change results\n"
+        "ranks and machines (NCCL_DEBUG=INFO says which are used); more volumes per step (train.global_batch_volumes) "
+        "send the same bytes less often, but change results\n"
     ) in found
     assert "lower zero.stage" not in said(lines) and "accumulated" not in said(lines) and "another rank" not in found
 
