@@ -112,6 +112,7 @@ def test_a_subjects_scans_come_in_another_order_each_round():
 
 
 @given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=20), st.integers(0, 10**6))
+@settings(deadline=None)
 def test_quotas_are_exact(weights, more):
     """They add up, lie within one of the exact share unless that is below one, and never contradict the weights."""
     total = len(weights) + more
