@@ -14,6 +14,7 @@ import importlib.util
 import multiprocessing
 import shutil
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import fields
 from multiprocessing import connection
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.dali_source import Source
+from brainscale.dali_source import DAMAGE, Source
 from brainscale.feed import JOIN_S, Feed, LoaderFailed
 from brainscale.loader import MAX_AHEAD, Batch, Loader, collate
 from brainscale.settings import InputError
@@ -74,7 +75,7 @@ class DaliLoader(Loader):
         at = cursor
         workers = Workers(lambda: self.awaited(at))
         feed: Feed[Batch] = Feed(
-            self._run(workers.started_by(lambda: self._pipeline(cursor, ahead)), cursor),
+            self._run(workers, workers.started_by(lambda: self._pipeline(cursor, ahead)), cursor),
             1, self.config.data.timeout_s, lambda: self.awaited(at),
         )  # fmt: skip
         workers.watch(feed)
@@ -130,29 +131,36 @@ class DaliLoader(Loader):
 
         return noise
 
-    def _run(self, holder: list[Any], cursor: int) -> Generator[Batch, None, None]:
+    def _run(self, workers: "Workers", holder: list[Any], cursor: int) -> Generator[Batch, None, None]:
         pipeline = holder.pop()
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        damage: StoreDamage | None = None
         try:
-            while True:
+            while damage is None:
                 try:
                     volumes, foreground = pipeline.run()
                 except Exception as error:
-                    raise damage_behind(error) or error from error
-                copy = to_torch(volumes.as_tensor(), self.device, side).view(-1, 1, *self.reader.volume_zyx)
-                yield collate(self.reader, self.draws(cursor), copy, np.array(foreground.as_tensor()))
-                cursor += self.stride
+                    damage = damage_behind(error)
+                    if damage is None and (death := workers.death()):
+                        raise death from error
+                    if damage is None:
+                        raise
+                else:
+                    copy = to_torch(volumes.as_tensor(), self.device, side).view(-1, 1, *self.reader.volume_zyx)
+                    yield collate(self.reader, self.draws(cursor), copy, np.array(foreground.as_tensor()))
+                    cursor += self.stride
+            raise damage
         finally:
+            workers.leaving.set()
+            volumes = foreground = None
             del pipeline  # DALI ends its processes when it is forgotten
             gc.collect()
 
 
 def damage_behind(error: BaseException) -> StoreDamage | None:
     """The damage of a store that an error of DALI is due to, if it is."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, StoreDamage):
-        found = found.__cause__ or found.__context__
-    return StoreDamage(str(found)) if found is not None else None
+    cause = str(error.__cause__)
+    return StoreDamage(cause.removeprefix(DAMAGE)) if cause.startswith(DAMAGE) else None
 
 
 def to_torch(volumes: Any, device: torch.device, side: "torch.cuda.Stream | None") -> Tensor:
@@ -244,6 +252,8 @@ class Workers:
         """awaited: names the samples that the run waits for."""
         self.awaited = awaited
         self.processes: list[Any] = []
+        self.leaving = threading.Event()
+        """Set when the processes are about to be ended."""
         self._closing, self._wake = multiprocessing.Pipe(duplex=False)
 
     def started_by(self, start: Callable[[], list[Any]]) -> list[Any]:
@@ -259,31 +269,35 @@ class Workers:
         self._thread.start()
 
     def _look(self, feed: Feed[Batch]) -> None:
-        ended = connection.wait([*(p.sentinel for p in self.processes), self._closing])
-        if self._closing not in ended:
-            dead = next(p for p in self.processes if p.sentinel in ended)
-            dead.join(STOP_S)
-            feed.fail(
-                LoaderFailed(
-                    f"process {dead.pid}, which reads for the loader, died (exit code {dead.exitcode}; -9: killed, "
-                    f"perhaps for memory); {self.awaited()}"
+        connection.wait([*(p.sentinel for p in self.processes), self._closing])
+        if death := self.death():
+            feed.fail(death)
+
+    def death(self) -> LoaderFailed | None:
+        """What to say of a process that has ended without being told to."""
+        if self.leaving.is_set():
+            return None
+        ended = set(connection.wait([p.sentinel for p in self.processes], 0.0))
+        for process in self.processes:
+            if process.sentinel in ended:
+                return LoaderFailed(
+                    f"process {process.pid}, which reads for the loader, died (killed, perhaps for want of memory, or "
+                    f"crashed); {self.awaited()}; the same command continues from the last checkpoint"
                 )
-            )
+        return None
 
     def close(self, feed: Feed[Batch]) -> None:
-        """End the feed and its processes. After a death DALI may hang for ever, so its thread is left behind then."""
-        died = any(p.exitcode is not None for p in self.processes)
+        """End the feed and its processes. After a death DALI may hang for ever: its thread is left behind then."""
+        died = self.death() is not None
+        self.leaving.set()
         self._wake.send(None)
         self._thread.join()
         closed = feed.close(0.0 if died else JOIN_S)
+        deadline = time.monotonic() + (STOP_S if closed and not died else 0.0)
         for p in self.processes:
-            if died or not closed or not _ended(p, STOP_S):
-                p.kill()
-                p.join(STOP_S)
+            p.join(max(0.0, deadline - time.monotonic()))
+        for p in self.processes:
+            p.kill()
+            p.join(STOP_S)
         self._wake.close()
         self._closing.close()
-
-
-def _ended(process: Any, within_s: float) -> bool:
-    process.join(within_s)
-    return process.exitcode is not None

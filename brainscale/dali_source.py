@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from brainscale import augment
+from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
 
+DAMAGE = "damaged store: "
+"""What a message begins with: of an exception in a process, DALI passes on the text alone."""
 NARROWEST_BLUR_VOXELS = 1e-3
 """In place of no blur, which DALI's operator cannot be asked for."""
 
@@ -39,7 +42,10 @@ class Source:
         """sample: DALI's SampleInfo. Raises StoreDamage with sample and file."""
         stream = self.stream
         first = self.cursor + sample.iteration * stream.stride + stream.rank * stream.micro_batch
-        outputs = self.outputs(first + sample.idx_in_batch)
+        try:
+            outputs = self.outputs(first + sample.idx_in_batch)
+        except StoreDamage as error:
+            raise StoreDamage(DAMAGE + str(error)) from error
         return tuple(outputs[name] for name in self.names)
 
     def outputs(self, index: int) -> dict[str, np.ndarray]:

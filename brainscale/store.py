@@ -314,7 +314,7 @@ def _open(array: Path, context: Any) -> Any:
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{array.absolute()}/"},
         "recheck_cached_metadata": "open",
-        "recheck_cached_data": "open",
+        "recheck_cached_data": True,
         "fill_missing_data_reads": False,
     }
     return ts.open(spec, open=True, read=True, context=context).result()
