@@ -84,6 +84,7 @@ def write_tiny_store(
             rng = np.random.default_rng(row)
             blob = 500 + 300 * np.cos(3 * x + rng.uniform(0, 6)) * np.cos(4 * y + rng.uniform(0, 6)) + 50 * z
             volume = np.where(inside, blob + rng.normal(0, 20, inside.shape), 0).astype(np.int16)
+            volume = (volume // 4 if plan.dtype == "uint8" else volume).astype(plan.dtype)
             values = volume[inside].astype(float)
             grid = [n // plan.foreground_cell_voxels for n in TINY_GRID_ZYX]
             share = inside.reshape(grid[0], 4, grid[1], 4, grid[2], 4).mean((1, 3, 5))
