@@ -5,7 +5,8 @@ From the voxels that were read to a volume of the crop's size, in storage type:
    outside the stored volume is the row's background,
 2. mirrored left-right,
 3. intensities, over u = 0..1 between the row's clip bounds: blurred, then u^γ · gain · field + noise, cut to 0..1
-   again (the patch gather cuts there too), and rounded to a code. Voxels of the background's code keep it.
+   again (the patch gather cuts there too). Voxels that are background alone stay so,
+4. rounded to codes, once.
 
 Sources: polynomial bias field of order 3, Van Leemput et al., IEEE TMI 18 (1999) 885.
 """
@@ -109,12 +110,12 @@ def _zyx(voxels: np.ndarray) -> Zyx:
 
 
 def placed(voxels: np.ndarray, box: Box, crop_zyx: Zyx, change: Change, background: float) -> np.ndarray:
-    """(z,y,x) of the crop's size, in the type of `voxels` (of the box); interpolated integers are rounded."""
+    """(z,y,x) of the crop's size: float32 where it is interpolated, else in the type of `voxels` (of the box)."""
     if change.moves:
-        moved = ndimage.affine_transform(
-            voxels, box.linear_zyx, box.offset_zyx, crop_zyx, np.float32, 1, "grid-constant", background
+        above = voxels - np.float32(background) if background else voxels  # or weights that sum to nearly 1 blur it
+        return np.float32(background) + ndimage.affine_transform(
+            above, box.linear_zyx, box.offset_zyx, crop_zyx, np.float32, 1, "grid-constant", 0.0
         )
-        return rounded(moved, voxels.dtype)
     if voxels.shape == crop_zyx:
         return voxels
     whole = np.full(crop_zyx, background, voxels.dtype)
@@ -124,14 +125,17 @@ def placed(voxels: np.ndarray, box: Box, crop_zyx: Zyx, change: Change, backgrou
 
 
 def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Values in storage type, which holds them: they lie between values that it held."""
+    """Values in storage type, which can hold them: they lie between values that it held."""
+    if values.dtype == dtype:
+        return values
     return np.rint(values).astype(dtype) if dtype.kind in "iu" else values.astype(dtype)
 
 
 def altered(volume: np.ndarray, change: Change, codes: Codes, spacing_mm_zyx: np.ndarray, noise: Noise) -> np.ndarray:
-    """A volume with other intensities, in its type."""
+    """A volume with other intensities, in float32."""
+    volume = volume.astype(np.float32)
     low, span = np.float32(codes.low), np.float32(codes.high - codes.low)
-    u = np.clip((volume.astype(np.float32) - low) * (np.float32(1) / span), 0, 1)
+    u = np.clip((volume - low) * (np.float32(1) / span), 0, 1)
     if change.blur_mm:
         sigma = blur_voxels(change, spacing_mm_zyx)
         u = ndimage.gaussian_filter(u, sigma, mode="mirror", radius=blur_radius(sigma))
@@ -141,8 +145,7 @@ def altered(volume: np.ndarray, change: Change, codes: Codes, spacing_mm_zyx: np
         u *= np.exp(ndimage.zoom(log_field(change.bias), zoom, order=1, grid_mode=True, mode="nearest"))
     if change.noise_std:
         u += np.float32(change.noise_std) * noise.of(change, volume.shape)
-    codes_now = rounded(low + span * np.clip(u, 0, 1), volume.dtype)
-    return np.where(volume == volume.dtype.type(codes.background), volume, codes_now)
+    return np.where(volume == np.float32(codes.background), volume, low + span * np.clip(u, 0, 1))
 
 
 def blur_voxels(change: Change, spacing_mm_zyx: np.ndarray) -> np.ndarray:

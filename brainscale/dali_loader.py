@@ -201,9 +201,12 @@ def graph(
         return given[name].gpu() if on_gpu else given[name]
 
     volume = near("voxels")
-    background = near("background") if "background" in given else 0.0
+    background = near("background") if "background" in given else None
+    as_float = kinds["affine"] or kinds["intensity"] or not zero_background
+    if as_float:
+        volume = fn.cast(volume, dtype=types.FLOAT)
     if not zero_background:
-        volume = fn.cast(volume, dtype=types.FLOAT) - background
+        volume = volume - background
     if kinds["affine"]:
         if given["moves"]:
             volume = fn.warp_affine(volume, given["matrix"], size=crop, fill_value=0.0)
@@ -212,7 +215,7 @@ def graph(
     else:
         volume = cut(fn, volume, given["start"], crop)
     if not zero_background:
-        volume = fn.cast(volume + background, dtype=storage)
+        volume = volume + background
     volume = fn.flip(volume, horizontal=given["mirrored"])
     if kinds["intensity"]:
         low, span = near("low"), near("span")
@@ -225,7 +228,7 @@ def graph(
         noise_std = near("noise_std") if kinds["noise"] else 0.0
         log_field = near("log_field") if kinds["bias"] else 0.0
         if given["alters"]:
-            u = math.clamp((fn.cast(volume, dtype=types.FLOAT) - low) * (1.0 / span), 0.0, 1.0)
+            u = math.clamp((volume - low) * (1.0 / span), 0.0, 1.0)
             if kinds["blur"]:
                 if given["blurs"]:
                     u = fn.gaussian_blur(u, sigma=given["sigma"], window_size=given["window"])
@@ -235,8 +238,9 @@ def graph(
             if kinds["noise"]:
                 u = u + noise_std * drawn
             inside = fn.cast(volume != background, dtype=types.FLOAT)
-            now = inside * (low + span * math.clamp(u, 0.0, 1.0)) + (1.0 - inside) * volume
-            volume = fn.cast(now, dtype=storage)
+            volume = inside * (low + span * math.clamp(u, 0.0, 1.0)) + (1.0 - inside) * volume
+    if as_float:
+        volume = fn.cast(volume, dtype=storage)
     return volume, given["foreground"]
 
 

@@ -8,19 +8,21 @@ of a batch, which is page-locked where there is a GPU; its copy to the GPU runs 
 
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.feed import Feed
+from brainscale.feed import JOIN_S, Feed
 from brainscale.reader import Reader
 from brainscale.sampling import Draw
 from brainscale.stream import Stream
 from brainscale_kernels.patch_gather import Stored
 
+Pending = tuple[list[Draw], Tensor, list[Future[np.ndarray]]]
+"""A batch that is being read: its samples, the memory of its volumes, and a read of each, which gives foreground."""
 MAX_AHEAD = 4
 """Batches read ahead at most: more would hide no wait that the disk can make up for."""
 
@@ -94,7 +96,8 @@ class Loader(Stream):
         ahead = min(self.batches_in_memory(3) - 2, MAX_AHEAD)  # one more lies ready, one is in use
         at = cursor
         pool = ThreadPoolExecutor(self.config.data.workers, thread_name_prefix="loader")
-        feed = Feed(self._read(cursor, ahead, pool), 1, self.config.data.timeout_s, lambda: self.awaited(at))
+        pending: deque[Pending] = deque()
+        feed = Feed(self._read(cursor, ahead, pool, pending), 1, self.config.data.timeout_s, lambda: self.awaited(at))
         try:
             while True:
                 batch, copied = next(feed)
@@ -105,16 +108,18 @@ class Loader(Stream):
                 yield batch, at
         finally:
             feed.close()
-            pool.shutdown(wait=False, cancel_futures=True)  # a read that hangs is left behind
+            pool.shutdown(wait=False, cancel_futures=True)
+            under_way = [read for _, _, reads in pending for read in reads if not read.cancelled()]
+            _, hanging = wait(under_way, JOIN_S)
+            pool.shutdown(wait=not hanging)  # a read that hangs is left behind
 
     def _read(
-        self, cursor: int, ahead: int, pool: ThreadPoolExecutor
+        self, cursor: int, ahead: int, pool: ThreadPoolExecutor, pending: deque[Pending]
     ) -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
         """Batches on the device, and when their copy is done. `ahead` of them are being read at any time."""
         dtype = torch.from_numpy(np.empty(0, self.reader.store.dtype)).dtype
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if on_gpu else None
-        pending: deque[tuple[list[Draw], Tensor, list[Future[np.ndarray]]]] = deque()
         while True:
             while len(pending) < ahead:
                 draws = self.draws(cursor)
@@ -122,8 +127,9 @@ class Loader(Stream):
                 reads = [pool.submit(self._fill, volumes[i, 0].numpy(), d) for i, d in enumerate(draws)]
                 pending.append((draws, volumes, reads))
                 cursor += self.stride
-            draws, volumes, reads = pending.popleft()
+            draws, volumes, reads = pending[0]
             foreground = np.stack([read.result() for read in reads])
+            pending.popleft()
             copied = None
             if stream is not None:
                 with torch.cuda.stream(stream):

@@ -87,7 +87,7 @@ class Reader:
         volume = volume[:, :, ::-1] if d.flip else volume
         if d.change.alters:
             volume = augment.altered(volume, d.change, code, self.spacing_mm_zyx(d.row), self.noise)
-        return np.ascontiguousarray(volume), piece.foreground
+        return np.ascontiguousarray(augment.rounded(volume, self.store.dtype)), piece.foreground
 
     def _foreground(self, cells: np.ndarray, d: Draw, box: Box) -> np.ndarray:
         """Shares per token of the cells (GZ,GY,GX) of a whole volume, moved as the voxels are."""
