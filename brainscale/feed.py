@@ -23,7 +23,7 @@ class Feed(Generic[T]):
         self, make: Generator[T, None, None], ahead: int, timeout_s: float, awaited: Callable[[], str]
     ) -> None:
         """ahead: batches that may lie ready; timeout_s: how long one may take; awaited: says which the next one is."""
-        self.timeout_s, self.awaited = timeout_s, awaited
+        self.timeout_s, self.awaited, self.late = timeout_s, awaited, False
         self._make = make
         self._ready: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(ahead)
@@ -45,6 +45,7 @@ class Feed(Generic[T]):
         try:
             item = self._ready.get(timeout=self.timeout_s)
         except queue.Empty:
+            self.late = True
             raise LoaderFailed(
                 f"no batch within data.timeout_s = {self.timeout_s:g} s; {self.awaited()}; look at the disk of the "
                 "store, or raise data.timeout_s"
@@ -59,8 +60,8 @@ class Feed(Generic[T]):
         self._ready.put(error)
 
     def close(self, within_s: float = JOIN_S) -> bool:
-        """End the thread, and return whether it has ended: one that is stuck is left behind."""
+        """End the thread, and return whether it has ended: one that is stuck is left behind, at once if it was late."""
         self._closed.set()
         self._room.release()
-        self._thread.join(within_s)
+        self._thread.join(0.0 if self.late else within_s)
         return not self._thread.is_alive()

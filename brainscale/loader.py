@@ -110,7 +110,7 @@ class Loader(Stream):
             feed.close()
             pool.shutdown(wait=False, cancel_futures=True)
             under_way = [read for _, _, reads in pending for read in reads if not read.cancelled()]
-            _, hanging = wait(under_way, JOIN_S)
+            _, hanging = wait(under_way, 0.0 if feed.late else JOIN_S)
             pool.shutdown(wait=not hanging)  # a read that hangs is left behind
 
     def _read(
