@@ -39,7 +39,7 @@ test: check
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-full: check
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,peers,viewers,trackers]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,dali,peers,viewers,trackers]'
 	BRAINSCALE_TEST_FULL=1 $(BIN)/pytest -m "slow or not slow" --durations 20
 
 format: $(STAMP)
