@@ -1,8 +1,12 @@
 """Batches hold the voxels that the draws name, whatever the ranks, the accumulation and the cursor."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from brainscale.config import Config
 from brainscale.geometry import patchify
@@ -90,3 +94,27 @@ def test_damage_reaches_the_caller(tiny_store, tmp_path):
 def test_rows_are_sorted_positions(tiny_store):
     store = open_store(tiny_store)
     assert np.array_equal(store.rows, np.arange(10))
+
+
+@given(st.integers(1, 10), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 12))
+@settings(deadline=None, max_examples=30)
+def test_every_scan_once_per_epoch_whatever_reads_it(tiny_store, scans, ranks, micro, workers, cut):
+    """Two epochs of so many scans through real loaders, stopped after `cut` steps and continued by one rank."""
+    store = open_stores([tiny_store])
+    config = load(Config, None, (*SETTINGS, f"data.workers={workers}"))
+    reader, order = Reader(store, (8, 8, 8), None), make_order(store, store.rows[:scans], config)
+    taken = {}
+    for rank in range(ranks):
+        batches = Loader(reader, order, config, rank, ranks, micro).batches(0)
+        for batch, _ in itertools.islice(batches, cut):
+            taken |= dict(zip(batch.sample_index.tolist(), batch.row.tolist()))
+        batches.close()
+    cursor = cut * ranks * micro
+    assert sorted(taken) == list(range(cursor))
+    batches = Loader(reader, order, config, 0, 1, micro).batches(cursor)
+    while cursor < 2 * scans:
+        batch, cursor = next(batches)
+        taken |= dict(zip(batch.sample_index.tolist(), batch.row.tolist()))
+    batches.close()
+    for epoch in range(2):
+        assert sorted(taken[epoch * scans + at] for at in range(scans)) == list(range(scans))
