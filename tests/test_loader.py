@@ -13,7 +13,7 @@ from brainscale.geometry import patchify
 from brainscale.loader import Loader, read_batch
 from brainscale.reader import Reader
 from brainscale.samplers import make_order
-from brainscale.sampling import Draw
+from brainscale.sampling import SAME, Change, Draw
 from brainscale.settings import InputError, load
 from brainscale.store import open_store
 from brainscale.store_files import StoreDamage
@@ -66,6 +66,22 @@ def test_voxels_statistics_and_foreground(tiny_store):
     assert float(batch.low[0]) == pytest.approx((store.column("clip_low")[3] - mean) / std, rel=1e-6)
     shares = patchify((batch.volumes > 0).float(), (8, 8, 8)).mean(-1)
     torch.testing.assert_close(batch.foreground, shares, atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("crop", [(16, 24, 16), (24, 16, 16)])
+def test_foreground_moves_with_the_voxels(tiny_store, crop):
+    """Voxels above 200 are the blob's, at its edge about half. Shares are interpolated from cells of 4³ voxels, so they
+    agree roughly."""
+    store = open_stores([tiny_store])
+    reader = Reader(store, (8, 8, 8), crop)
+    change = Change(rotation_deg_zyx=(25.0, -10.0, 15.0), scale=0.7)
+    corner = tuple((v - c) // 2 // 4 * 4 for v, c in zip(store.volume_zyx, crop))
+    for at, flip, moved in ((corner, False, change), (corner, True, change), ((0, 4, 0), True, SAME)):
+        batch = read_batch(reader, [Draw(0, 3, at, flip, moved)])
+        shares = patchify((batch.volumes > 200).float(), (8, 8, 8)).mean(-1)
+        apart = (batch.foreground - shares).abs()
+        assert apart.max() < 0.1 and apart.mean() < 0.03
+        assert np.corrcoef(batch.foreground[0], shares[0])[0, 1] > 0.98
 
 
 def test_what_does_not_fit_is_refused(tiny_store):
