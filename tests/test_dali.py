@@ -17,6 +17,8 @@ from processes import finish, run_ranks, start_function
 from brainscale.dali_loader import choose_loader
 from brainscale.prep_plan import Plan
 from brainscale.settings import InputError
+from brainscale_data_prep.convert import convert
+from brainscale_data_prep.phantom import make
 
 dali = pytest.mark.skipif(bool(NO_DALI), reason=NO_DALI)
 pytestmark = pytest.mark.slow
@@ -180,11 +182,16 @@ def test_memory_stays_flat(kind, tiny_store, tmp_path):
 
 
 @dali
-def test_training_through_either_loader_gives_the_same_losses(tiny_store, tiny_config, tmp_path):
+def test_training_on_phantoms_through_either_loader_gives_the_same_losses(tiny_config, tmp_path):
+    make(tmp_path / "phantoms", 6, seed=0, spacing_mm=4.0)
+    convert(
+        tmp_path / "phantoms", tmp_path / "store",
+        Plan(grid_voxels_xyz=(48, 56, 48), spacing_mm_xyz=(4.0, 4.0, 4.0)), workers=1,
+    )  # fmt: skip
     for kind in ("torch", "dali"):
         run_ranks(
-            "pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={tmp_path / kind}", f"data.loader={kind}",
-            *AUGMENTED, "health.probe_every_steps=20", logs=tmp_path,
+            "pretrain", tiny_config, f"data.store={tmp_path / 'store'}", f"run.dir={tmp_path / kind}",
+            f"data.loader={kind}", *AUGMENTED, "health.probe_every_steps=20", logs=tmp_path,
         )  # fmt: skip
     here, there = losses(tmp_path / "torch"), losses(tmp_path / "dali")
     assert list(here) == list(there) == list(range(1, 41))
