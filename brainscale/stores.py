@@ -43,8 +43,8 @@ class Stores:
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        """Raises InputError for a store given twice, for stores of different plans or grids, with the difference, and as
-        `Store`."""
+        """Raises InputError for a store given twice, for stores of different plans or grids, with the difference,
+        and as `Store`."""
         self.stores = [Store(path) for path in paths]
         if len({store.path.resolve() for store in self.stores}) < len(paths):
             raise InputError(f"two of the stores {', '.join(map(str, paths))} are the same folder; give each once")

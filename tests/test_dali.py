@@ -159,13 +159,13 @@ def test_nothing_is_left_behind(kind, tiny_store):
 
 
 def memory_of_a_long_run(kind: str, store: Path, batches: int, out: Path) -> None:
-    """Write the resident memory (bytes, of this process and those that it started) along many epochs."""
+    """Write the resident memory (bytes, of this process and those that it started together) along many epochs."""
     me, loader = psutil.Process(), make_loader(kind, store, *AUGMENTED)
     stream, seen = loader.batches(0), []
     for number in range(batches):
         next(stream)
         if number % (batches // 50) == 0:
-            seen.append(sum(p.memory_full_info().uss for p in [me, *me.children()]))
+            seen.append(sum(p.memory_info().rss for p in [me, *me.children()]))
     stream.close()
     np.save(out, np.array(seen))
 
