@@ -12,6 +12,8 @@ Example: brainscale bench convert data/bids --json results.jsonl
 
 Example: brainscale bench read stores/brains --source data/bids --json results.jsonl
 
+Example: brainscale bench loader stores/brains --json results.jsonl
+
 Example: brainscale bench checkpoint --folder /scratch --json results.jsonl
 
 Example: brainscale bench kernels --json results.jsonl""",
@@ -66,6 +68,44 @@ def read(
     from brainscale.bench.record import write
 
     write(bench_read.run(store, source, quick), json)
+
+
+@bench.command
+def loader(
+    store: Path | None = None,
+    /,
+    *,
+    folder: Path | None = None,
+    batch: int = 2,
+    quick: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Time batches of volumes from our loaders against MONAI, torchio and nibabel under torch's DataLoader, warm and
+    cold, by number of workers; count bytes and CPU time; say what that feeds, and where our own time goes.
+
+    Peers read the same volumes from NIfTI files that already lie on the store's grid, and every value is compared.
+    Those that are not installed are skipped with the command that installs them.
+
+    Example: brainscale bench loader stores/brains --json results.jsonl
+
+    Parameters
+    ----------
+    store
+        A finished store. None: one of synthetic brains at 1 mm.
+    folder
+        Where the peers' files are put for the time being (at 1 mm about 1.5 GB), on the store's disk. None: where
+        temporary files lie.
+    batch
+        Volumes of a batch.
+    quick
+        Few volumes and passes, one worker.
+    json
+        File that the lines are appended to.
+    """
+    from brainscale.bench import loader as bench_loader
+    from brainscale.bench.record import write
+
+    write(bench_loader.run(store, folder, batch, quick), json)
 
 
 @bench.command

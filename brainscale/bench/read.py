@@ -49,18 +49,18 @@ def run(store: Path | None, source: Path | None, quick: bool) -> list[dict[str, 
     with TemporaryDirectory(prefix="brainscale-bench-") as folder:
         scratch = Path(folder)
         if store is None:
-            store, source = _phantom_store(scratch, quick)
+            store, source = phantom_store(scratch, quick, 1 if quick else 6)
         found = on_one_core(lines, store, source, quick, "1 core", scratch)
         return found + lines(store, source, quick, f"{len(os.sched_getaffinity(0))} cores", None)
 
 
-def _phantom_store(scratch: Path, quick: bool) -> tuple[Path, Path]:
-    """Skull-stripped brains and whole heads, half each, in a store of 2 mm (quick) or 1 mm; and their source."""
+def phantom_store(scratch: Path, quick: bool, each: int) -> tuple[Path, Path]:
+    """`each` skull-stripped brains and as many whole heads in a store of 2 mm (quick) or 1 mm; and their source."""
     source, plan = scratch / "phantoms", Plan()
     if quick:
         plan = Plan(grid_voxels_xyz=(80, 96, 80), spacing_mm_xyz=(2.0, 2.0, 2.0))
     for head in (False, True):
-        make(source / f"head-{head}", 1 if quick else 6, seed=0, head=head, spacing_mm=4.0 if quick else 1.0)
+        make(source / f"head-{head}", each, seed=0, head=head, spacing_mm=4.0 if quick else 1.0)
     convert(source, scratch / "store", plan, workers=1)
     return scratch / "store", source
 

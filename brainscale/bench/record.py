@@ -190,12 +190,16 @@ def _figures(line: dict[str, Any]) -> str:
         columns[0] += f" {spread:<18}"
     if line["bench"] == "kernels":
         columns += _kernel_figures(line)
+    elif line["bench"] == "loader":
+        columns += _loader_figures(line)
     elif seconds:
         columns.append(f"{line['mb_per_s']:6.0f} MB/s" if line["mb_per_s"] else " " * 11)
         columns.append(f"{line['bytes_per_volume'] / 1e6:6.2f} MB" if line["bytes_per_volume"] else " " * 9)
     what = "× the speed of" if seconds else "× the bytes of"
-    if line["variant"] != line["ratio_to"]:
+    if line["variant"] != line["ratio_to"] and line.get("share") is None:
         columns.append(f"{line['ratio']:.2f}{what} {line['ratio_to']}")
+    if line.get("ratio_to_persistent") is not None:
+        columns.append(f"{line['ratio_to_persistent']:.2f}{what} PersistentDataset")
     return "  ".join(columns)
 
 
@@ -208,3 +212,19 @@ def _kernel_figures(line: dict[str, Any]) -> list[str]:
     if line["peak_bytes"] is not None:
         columns.append(f"{line['peak_bytes'] / 1e6:7.1f} MB at peak")
     return columns
+
+
+def _loader_figures(line: dict[str, Any]) -> list[str]:
+    """What a line of `bench loader` says beside its median, as far as it says it."""
+    figures = (
+        ("volumes_per_s", 1, "6.1f", "volumes/s"), ("mb_per_s", 1, "5.0f", "MB/s"),
+        ("cpu_s_per_volume", 1e3, "6.1f", "ms CPU"), ("bytes_per_volume", 1e-6, "6.2f", "MB on disk"),
+        ("flops_per_sample", 1e-12, "5.2f", "TFLOP a sample"), ("starved_tflops", 1, "6.1f", "TFLOP/s fed"),
+        ("gpu_share", 100, "6.1f", "% of a GPU"), ("idle_share", 100, "5.1f", "% waiting"),
+        ("share", 100, "5.1f", "% of it"),
+    )  # fmt: skip
+    return [
+        f"{factor * line[name]:{form}} {unit}"
+        for name, factor, form, unit in figures
+        if line[name] is not None and not (line["unit"] == "B" and name == "bytes_per_volume")
+    ]
