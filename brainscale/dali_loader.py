@@ -209,7 +209,7 @@ def graph(
         volume = volume - background
     if kinds["affine"]:
         if given["moves"]:
-            volume = fn.warp_affine(volume, given["matrix"], size=crop, fill_value=0.0)
+            volume = fn.warp_affine(volume, matrix=given["matrix"], size=crop, fill_value=0.0)
         else:
             volume = cut(fn, volume, given["start"], crop)
     else:

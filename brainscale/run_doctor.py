@@ -193,8 +193,6 @@ def of_data(config: Config, about: dict[str, Any]) -> str:
 def of_copies(config: Config, about: dict[str, Any]) -> str:
     """What to do about copies to the GPU."""
     dtype, todo = about.get("store", {}).get("plan", {}).get("dtype"), []
-    if config.data.loader != "dali":
-        todo.append('set data.loader = "dali", which copies ahead of the step')
     if dtype not in (None, "uint8"):
         todo.append(f"convert with a smaller dtype (now {dtype})")
     todo.append("look at the GPU's PCIe link (nvidia-smi -q -d PCIE); a larger micro-batch does not help")
@@ -204,6 +202,11 @@ def of_copies(config: Config, about: dict[str, Any]) -> str:
 def of_communication(config: Config, about: dict[str, Any]) -> str:
     """What to do about communication."""
     stage, micro, todo = config.zero.stage, config.train.micro_batch_volumes, []
+    if about.get("world_size", 1) == 1:
+        return (
+            "one rank sends nothing to others: these are DeepSpeed's collectives with itself, which weigh less in "
+            f"longer steps (train.micro_batch_volumes, now {micro})"
+        )
     if stage > 1:
         todo.append(f"lower zero.stage (now {stage}) if memory allows, since stages 2 and 3 send more")
     if config.train.global_batch_volumes > micro * about.get("world_size", 1):

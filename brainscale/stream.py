@@ -43,8 +43,10 @@ class Stream:
 
     @property
     def batch_bytes(self) -> int:
-        """Voxels of a micro-batch of this rank."""
-        return self.micro_batch * int(np.prod(self.reader.volume_zyx)) * self.reader.store.dtype.itemsize
+        """Voxels of a micro-batch of this rank, at most: a crop that is rotated needs more than its own size."""
+        crop, store = int(np.prod(self.reader.volume_zyx)), self.reader.store
+        voxels = max(crop, int(np.prod(store.volume_zyx))) if self.config.augment.affine_fraction else crop
+        return self.micro_batch * voxels * store.dtype.itemsize
 
     def batches_in_memory(self, least: int) -> int:
         """How many batches `data.prefetch_mb` allows. Raises InputError when they are fewer than `least`."""

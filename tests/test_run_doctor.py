@@ -166,12 +166,16 @@ def test_communication_that_is_another_rank_s_waiting_for_data():
     ) in found
 
 
+def test_one_rank_has_no_links_to_look_at():
+    found = said(run({"compute": 0.8, "communication": 0.2}), CPU)
+    assert "\ncommunication, 20% of the time: one rank sends nothing to others" in found and "links" not in found
+
+
 def test_a_run_that_waits_for_copies_and_launches():
     found = said(run({"compute": 0.5, "host_to_device": 0.3, "host": 0.2}), GPU, "train.compile=true")
     assert found.startswith("runs/a: waits for copies to the GPU most, 30% of the time\n")
     assert (
-        '\ncopies to the GPU, 30% of the time: set data.loader = "dali", which copies ahead of the step; convert with '
-        "a smaller dtype (now int16); look at the GPU's PCIe link (nvidia-smi -q -d PCIE); a larger micro-batch does "
+        "\ncopies to the GPU, 30% of the time: convert with a smaller dtype (now int16); look at the GPU's PCIe link (nvidia-smi -q -d PCIE); a larger micro-batch does "
         "not help\nlaunching, 20% of the time: "
     ) in found
     assert "set train.compile" not in found
