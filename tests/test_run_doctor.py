@@ -175,8 +175,8 @@ def test_a_run_that_waits_for_copies_and_launches():
     found = said(run({"compute": 0.5, "host_to_device": 0.3, "host": 0.2}), GPU, "train.compile=true")
     assert found.startswith("runs/a: waits for copies to the GPU most, 30% of the time\n")
     assert (
-        "\ncopies to the GPU, 30% of the time: convert with a smaller dtype (now int16); look at the GPU's PCIe link (nvidia-smi -q -d PCIE); a larger micro-batch does "
-        "not help\nlaunching, 20% of the time: "
+        "\ncopies to the GPU, 30% of the time: convert with a smaller dtype (now int16); look at the GPU's PCIe link "
+        "(nvidia-smi -q -d PCIE); a larger micro-batch does not help\nlaunching, 20% of the time: "
     ) in found
     assert "set train.compile" not in found
 
