@@ -22,7 +22,8 @@ from brainscale.bench import loader_passes, loader_peers, loader_stages
 from brainscale.bench.loader_passes import NotCold, Pass, Variant, in_turn, take
 from brainscale.bench.read import drop_from_page_cache, in_page_cache
 from brainscale.bench.record import sample_lines, write
-from brainscale.settings import InputError
+from brainscale.config import Config
+from brainscale.settings import InputError, load
 from brainscale.store import Store, StoreDamage
 
 
@@ -161,6 +162,16 @@ def test_lines_of_models_that_are_fed():
     assert large["starved_tflops"] == pytest.approx(large["flops_per_sample"] / 1e10)
     assert large["median"] == 0.01 and large["gpu_share"] == pytest.approx(large["starved_tflops"] / 394)
     assert all("does not divide" in x["skipped"] for x in consumers.feed_lines([line], (16, 24, 16)))
+
+
+def test_training_takes_batches_that_stay_and_batches_of_the_loader_in_turn(work, tiny_config):
+    """As on a GPU, on the CPU with a small model."""
+    settings = load(Config, tiny_config, ())
+    loader = bench.make_loader(bench.OURS[bench.TORCH][0], dataclasses.replace(work, batch=2), settings)
+    again, fresh = consumers.training_seconds(loader, settings, 1, 2, 3)
+    assert len(again) == len(fresh) == 3 and min(again + fresh) > 0
+    (line,) = consumers.training_lines("how", work, {}, 1, 1) if work.device.type != "cuda" else [{"skipped": "GPU"}]
+    assert "GPU" in line["skipped"]
 
 
 def test_the_idle_share_is_that_of_all_passes():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from brainscale.bench.loader_passes import BENCH, Pass, Variant, Work, in_turn
+from brainscale.bench.loader_passes import BENCH, Pass, Variant, Work, in_turn, synchronize
 from brainscale.bench.record import sample_lines, skipped
 from brainscale.config import Config
 from brainscale.geometry import Zyx
@@ -15,6 +15,7 @@ from brainscale.loader import Loader
 from brainscale.mae import Mae
 from brainscale.masking import draw_masks
 from brainscale.settings import load
+from brainscale.stores import Stores
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = {"ViT-S/16": "mae_vit_s.toml", "ViT-B/16": "mae_vit_b.toml", "ViT-L/16": "mae_vit_l.toml"}
@@ -111,6 +112,8 @@ def training_lines(
     case = f"training ViT-L/16 MAE, bf16, AdamW, {how}"
     if work.device.type != "cuda":
         return [skipped(BENCH, case, RESIDENT, "there is no GPU")]
+    if flops(MODELS["ViT-L/16"], volume_zyx := Stores([work.path]).volume_zyx) is None:
+        return [skipped(BENCH, case, RESIDENT, f"its patch does not divide volumes of {volume_zyx} (z, y, x)")]
     settings = load(Config, CONFIGS / MODELS["ViT-L/16"], (f"data.workers={workers}",))
     found = []
     for name, make in loaders.items():
@@ -134,7 +137,7 @@ def training_seconds(
     resident, _ = next(source)
 
     def steps(count: int, loaded: bool) -> float:
-        torch.cuda.synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(count):
             batch = next(source)[0] if loaded else resident
@@ -142,7 +145,7 @@ def training_seconds(
             model(batch.to(device), masks.to(device), 0).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return (time.perf_counter() - begin) / (count * loader.micro_batch)
 
     try:
