@@ -5,19 +5,15 @@ and alters intensities, on the GPU or on DALI's CPU backend. Nothing is drawn by
 `sampling.py`, so a batch is a pure function of (seed, cursor). `augment.py` says what the graph computes; a test holds
 the two together.
 
-DALI waits for ever for a process that was killed, so `Workers` looks after them from outside.
+DALI waits for ever for a process that was killed, so `workers.py` looks after them from outside.
 """
 
 import gc
 import importlib
 import importlib.util
-import multiprocessing
 import shutil
-import threading
-import time
 from collections.abc import Callable, Generator
 from dataclasses import fields
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +22,17 @@ import torch
 from torch import Tensor
 
 from brainscale.dali_source import DAMAGE, Source
-from brainscale.feed import JOIN_S, Feed, LoaderFailed
+from brainscale.feed import Feed
 from brainscale.loader import MAX_AHEAD, Batch, Loader, collate
 from brainscale.settings import InputError
 from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
+from brainscale.workers import Workers
 
 INSTALL = "pip install 'brainscale-mri[dali]'"
 SHARED_MEMORY = Path("/dev/shm")
 PIPELINE_DEPTH = 2
 """Batches inside DALI's graph."""
-STOP_S = 5.0
-"""How long processes may take to leave when they are told to."""
 
 
 def available() -> bool:
@@ -131,7 +126,7 @@ class DaliLoader(Loader):
 
         return noise
 
-    def _run(self, workers: "Workers", holder: list[Any], cursor: int) -> Generator[Batch, None, None]:
+    def _run(self, workers: Workers, holder: list[Any], cursor: int) -> Generator[Batch, None, None]:
         pipeline = holder.pop()
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         damage: StoreDamage | None = None
@@ -247,61 +242,3 @@ def graph(
 def cut(fn: Any, volume: Any, start: Any, crop: tuple[int, int, int]) -> Any:
     """A crop from a place on, zeros outside."""
     return fn.slice(volume, start=start, shape=list(crop), axes=[0, 1, 2], out_of_bounds_policy="pad", fill_values=0.0)
-
-
-class Workers:
-    """The processes of a pipeline: one that dies is reported to the feed at once; all are ended at the end."""
-
-    def __init__(self, awaited: Callable[[], str]) -> None:
-        """awaited: names the samples that the run waits for."""
-        self.awaited = awaited
-        self.processes: list[Any] = []
-        self.leaving = threading.Event()
-        """Set when the processes are about to be ended."""
-        self._closing, self._wake = multiprocessing.Pipe(duplex=False)
-
-    def started_by(self, start: Callable[[], list[Any]]) -> list[Any]:
-        """Call something that starts processes, and take those in."""
-        before = multiprocessing.active_children()
-        started = start()
-        self.processes = [p for p in multiprocessing.active_children() if p not in before]
-        return started
-
-    def watch(self, feed: Feed[Batch]) -> None:
-        """Look after the processes until `close`."""
-        self._thread = threading.Thread(target=self._look, args=(feed,), name="workers", daemon=True)
-        self._thread.start()
-
-    def _look(self, feed: Feed[Batch]) -> None:
-        connection.wait([*(p.sentinel for p in self.processes), self._closing])
-        if death := self.death():
-            feed.fail(death)
-
-    def death(self) -> LoaderFailed | None:
-        """What to say of a process that has ended without being told to."""
-        if self.leaving.is_set():
-            return None
-        ended = set(connection.wait([p.sentinel for p in self.processes], 0.0))
-        for process in self.processes:
-            if process.sentinel in ended:
-                return LoaderFailed(
-                    f"process {process.pid}, which reads for the loader, died (killed, perhaps for want of memory, or "
-                    f"crashed); {self.awaited()}; the same command continues from the last checkpoint"
-                )
-        return None
-
-    def close(self, feed: Feed[Batch]) -> None:
-        """End the feed and its processes. After a death DALI may hang for ever: its thread is left behind then."""
-        died = self.death() is not None
-        self.leaving.set()
-        self._wake.send(None)
-        self._thread.join()
-        closed = feed.close(0.0 if died else JOIN_S)
-        deadline = time.monotonic() + (STOP_S if closed and not died else 0.0)
-        for p in self.processes:
-            p.join(max(0.0, deadline - time.monotonic()))
-        for p in self.processes:
-            p.kill()
-            p.join(STOP_S)
-        self._wake.close()
-        self._closing.close()

@@ -24,8 +24,8 @@ ORDER = [
         "export", "anatomy", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
-        "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "loader", "dali_source",
-        "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
+        "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
+        "dali_source", "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
