@@ -6,8 +6,8 @@ from conftest import REAL_DATA, ROOT, write_tiny_store
 from test_preprocess import NATIVE, head, real, scan_of, stored_affine, stored_values, turned
 
 from brainscale.geometry import voxel_to_mm
-from brainscale.loader import normalisation
 from brainscale.prep_plan import Plan
+from brainscale.reader import normalisation
 from brainscale.settings import load
 from brainscale.store import Store
 from brainscale_data_prep import nifti, preprocess
