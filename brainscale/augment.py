@@ -76,7 +76,8 @@ def _table(seed: int, count: int) -> np.ndarray:
 def inverse_linear(change: Change, spacing_mm_zyx: np.ndarray) -> np.ndarray:
     """(3,3): offset in the stored volume = this · offset on the crop's grid, both from the centre in voxels (z, y, x).
 
-    Rotations about z, then y, then x act in millimetres, so that brains of anisotropic voxels are not sheared.
+    Rotations about z, then y, then x act in millimetres, so that brains of anisotropic voxels are not sheared. A
+    positive angle turns what lies along the earlier of the two other axes (z, y, x) towards the later.
     """
     rotation = np.eye(3)
     for axis, degrees in enumerate(change.rotation_deg_zyx):

@@ -56,6 +56,14 @@ def test_a_quarter_turn_moves_voxels_as_numpy_does(axis, planes):
     assert any(np.abs(turned.astype(int) - way).max() <= 1 for way in ways)
 
 
+def test_rotations_have_a_sense_and_an_order():
+    """About z, +y goes to +x; then about y, +z goes to +x and what lay along +x to -z."""
+    turned = np.linalg.inv(inverse_linear(Change(rotation_deg_zyx=(90.0, 0.0, 0.0)), ISOTROPIC))
+    assert np.allclose(turned @ [0, 1, 0], [0, 0, 1]) and np.allclose(turned @ [0, 0, 1], [0, -1, 0])
+    both = np.linalg.inv(inverse_linear(Change(rotation_deg_zyx=(90.0, 90.0, 0.0)), ISOTROPIC))
+    assert np.allclose(both @ [0, 1, 0], [-1, 0, 0]) and np.allclose(both @ [1, 0, 0], [0, 0, 1])
+
+
 def test_a_scaled_ball_has_the_scaled_radius_and_stays_a_ball_in_millimetres():
     spacing = np.array([2.0, 1.0, 0.5])
     shape = (24, 48, 96)
@@ -100,6 +108,9 @@ def test_a_bias_field_multiplies():
     change = draw_change(Augment(bias_fraction=1, max_bias=1.4), 0, 3)
     found = altered(volume, change, CODES, ISOTROPIC, Noise(0, volume.shape))
     factor = (found.astype(float) - 100) / 500
+    at = (np.arange(16) + 0.5) / 2 - 0.5  # in knots, from the middle of the first
+    knots = np.clip(np.stack(np.meshgrid(at, at, at, indexing="ij")), 0, 7)
+    assert np.allclose(factor, np.exp(ndimage.map_coordinates(log_field(change.bias), knots, order=1)), atol=1e-5)
     assert 1 / 1.4 - 0.01 < factor.min() < factor.max() < 1.4 + 0.01 and factor.std() > 0.01
 
 

@@ -55,6 +55,16 @@ def test_changes_stay_within_their_settings(seed, index):
     assert change.moves and change.alters and change == draw_change(augment, seed, index)
 
 
+def test_changes_are_fixed_for_ever():
+    """A run must go on with the changes that it began with."""
+    change = draw_change(Augment(**FRACTIONS), 7, 3)
+    assert change.rotation_deg_zyx == pytest.approx((-7.188727096723499, 1.604653539835792, 7.396632514873891))
+    assert (change.scale, change.gamma) == pytest.approx((1.0949823683435331, 1.085565374926779))
+    assert (change.gain, change.blur_mm) == pytest.approx((1.0484689913351448, 0.9138192908560749))
+    assert change.bias[:2] == pytest.approx((0.21616009449861145, 0.15953328791658206)) and len(change.bias) == 20
+    assert change.noise_std == pytest.approx(0.0018282044068658318) and change.noise_place == 639476
+
+
 @pytest.mark.parametrize("kind", sorted(FRACTIONS))
 def test_switching_one_change_on_leaves_the_others_as_they_are(kind):
     everything, one = Augment(**FRACTIONS), Augment(**{kind: 1.0})
