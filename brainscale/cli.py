@@ -195,6 +195,8 @@ def dry_run_text(config: Config) -> str:
 
 def path_sentence(error: OSError) -> str:
     """What is wrong with a path that the user gave."""
+    if error.filename is None:
+        return f"a path cannot be used: {' '.join(str(error).split())}"
     return f"{error.filename} cannot be used ({error.strerror}); give another path, or allow access to it"
 
 

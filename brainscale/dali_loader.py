@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainscale.dali_source import DAMAGE, Source
+from brainscale.dali_source import Source
 from brainscale.feed import Feed
 from brainscale.loader import MAX_AHEAD, Batch, Loader, collate
 from brainscale.settings import InputError
-from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
 from brainscale.workers import Workers
 
@@ -57,22 +56,26 @@ def choose_loader(name: str, device: torch.device) -> tuple[type[Loader], str]:
 class DaliLoader(Loader):
     """As `Loader`, through DALI."""
 
+    name = "dali"
+
     def batches(self, cursor: int) -> Generator[tuple[Batch, int], None, None]:
         """As `Loader.batches`. Raises InputError also where the machine's shared memory is too small, and LoaderFailed,
         at once, also when one of the processes that read dies."""
         ahead = min(self.batches_in_memory(PIPELINE_DEPTH + 3) - PIPELINE_DEPTH - 2, MAX_AHEAD)
-        room_mb, needed_mb = shutil.disk_usage(SHARED_MEMORY).free / 1e6, ahead * self.batch_bytes / 1e6
+        room_mb = shutil.disk_usage(SHARED_MEMORY).free / 1e6
+        needed_mb = (ahead + PIPELINE_DEPTH) * self.batch_bytes / 1e6
         if room_mb < needed_mb:
             raise InputError(
-                f"{SHARED_MEMORY} has {room_mb:.0f} MB free, and {ahead} batches of together {needed_mb:.0f} MB pass "
+                f"{SHARED_MEMORY} has {room_mb:.0f} MB free, and batches of together {needed_mb:.0f} MB pass "
                 'through it; enlarge it (docker: --shm-size), lower data.prefetch_mb, or set data.loader = "torch"'
             )
         at = cursor
-        workers = Workers(lambda: self.awaited(at))
+        self.remember_names()
+        workers = Workers(lambda: self.awaited(at), self.damage)
+        started = workers.started_by(lambda: self._pipeline(cursor, ahead, workers.report))
         feed: Feed[Batch] = Feed(
-            self._run(workers, workers.started_by(lambda: self._pipeline(cursor, ahead)), cursor),
-            1, self.config.data.timeout_s, lambda: self.awaited(at),
-        )  # fmt: skip
+            lambda feed: self._run(workers, started, cursor), 1, self.config.data.timeout_s, lambda: self.awaited(at)
+        )
         workers.watch(feed)
         try:
             while True:
@@ -84,10 +87,11 @@ class DaliLoader(Loader):
         finally:
             workers.close(feed)
 
-    def _pipeline(self, cursor: int, ahead: int) -> list[Any]:
+    def _pipeline(self, cursor: int, ahead: int, report: str) -> list[Any]:
         """A DALI pipeline that is ready to run, with its processes; in a list, so that one holder can let go of it."""
         augment = self.config.augment
         on_gpu = self.device.type == "cuda"
+        padded = any(c > v for c, v in zip(self.reader.volume_zyx, self.reader.store.volume_zyx))
         intensities = ("gamma", "gain", "bias", "noise", "blur")
         kinds = {kind: getattr(augment, f"{kind}_fraction") > 0 for kind in ("affine", *intensities)}
         kinds["intensity"] = any(kinds[kind] for kind in intensities)
@@ -102,9 +106,9 @@ class DaliLoader(Loader):
         make = importlib.import_module("nvidia.dali").pipeline_def(graph, enable_conditionals=True)
         pipeline = make(
             dali={name: importlib.import_module(f"nvidia.dali.{name}") for name in ("fn", "types", "math")},
-            source=Source(stream, cursor, tuple(names)), noise=self._noise(cursor), kinds=kinds,
-            crop=self.reader.volume_zyx, zero_background=self.reader.zero_background, ahead=ahead, on_gpu=on_gpu,
-            batch_size=self.micro_batch,
+            source=Source(stream, cursor, tuple(names), report), noise=self._noise(cursor), kinds=kinds,
+            crop=self.reader.volume_zyx, zero_background=self.reader.zero_background, padded=padded, ahead=ahead,
+            on_gpu=on_gpu, batch_size=self.micro_batch,
             num_threads=self.config.data.workers, device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PIPELINE_DEPTH, py_num_workers=self.config.data.workers, py_start_method="spawn",
         )  # fmt: skip
@@ -129,33 +133,20 @@ class DaliLoader(Loader):
     def _run(self, workers: Workers, holder: list[Any], cursor: int) -> Generator[Batch, None, None]:
         pipeline = holder.pop()
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        damage: StoreDamage | None = None
         try:
-            while damage is None:
+            while True:
                 try:
                     volumes, foreground = pipeline.run()
                 except Exception as error:
-                    damage = damage_behind(error)
-                    if damage is None and (death := workers.death()):
-                        raise death from error
-                    if damage is None:
-                        raise
-                else:
-                    copy = to_torch(volumes.as_tensor(), self.device, side).view(-1, 1, *self.reader.volume_zyx)
-                    yield collate(self.reader, self.draws(cursor), copy, np.array(foreground.as_tensor()))
-                    cursor += self.stride
-            raise damage
+                    raise workers.reason(error) from None
+                copy = to_torch(volumes.as_tensor(), self.device, side).view(-1, 1, *self.reader.volume_zyx)
+                yield collate(self.reader, self.draws(cursor), copy, np.array(foreground.as_tensor()))
+                cursor += self.stride
         finally:
             workers.leaving.set()
             volumes = foreground = None
             del pipeline  # DALI ends its processes when it is forgotten
             gc.collect()
-
-
-def damage_behind(error: BaseException) -> StoreDamage | None:
-    """The damage of a store that an error of DALI is due to, if it is."""
-    cause = str(error.__cause__)
-    return StoreDamage(cause.removeprefix(DAMAGE)) if cause.startswith(DAMAGE) else None
 
 
 def to_torch(volumes: Any, device: torch.device, side: "torch.cuda.Stream | None") -> Tensor:
@@ -177,6 +168,7 @@ def graph(
     kinds: dict[str, bool],
     crop: tuple[int, int, int],
     zero_background: bool,
+    padded: bool,
     ahead: int,
     on_gpu: bool,
 ) -> Any:
@@ -196,21 +188,20 @@ def graph(
         return given[name].gpu() if on_gpu else given[name]
 
     volume = near("voxels")
-    background = near("background") if "background" in given else None
-    as_float = kinds["affine"] or kinds["intensity"] or not zero_background
+    background = near("background") if "background" in given else 0.0
+    as_it_is = zero_background or not padded
+    as_float = kinds["affine"] or kinds["intensity"] or not as_it_is
     if as_float:
         volume = fn.cast(volume, dtype=types.FLOAT)
-    if not zero_background:
-        volume = volume - background
     if kinds["affine"]:
         if given["moves"]:
-            volume = fn.warp_affine(volume, matrix=given["matrix"], size=crop, fill_value=0.0)
+            above = volume if zero_background else volume - background
+            volume = fn.warp_affine(above, matrix=given["matrix"], size=crop, fill_value=0.0)
+            volume = volume if zero_background else volume + background
         else:
-            volume = cut(fn, volume, given["start"], crop)
+            volume = cut(fn, volume, given["start"], crop, background, as_it_is)
     else:
-        volume = cut(fn, volume, given["start"], crop)
-    if not zero_background:
-        volume = volume + background
+        volume = cut(fn, volume, given["start"], crop, background, as_it_is)
     volume = fn.flip(volume, horizontal=given["mirrored"])
     if kinds["intensity"]:
         low, span = near("low"), near("span")
@@ -239,6 +230,8 @@ def graph(
     return volume, given["foreground"]
 
 
-def cut(fn: Any, volume: Any, start: Any, crop: tuple[int, int, int]) -> Any:
-    """A crop from a place on, zeros outside."""
-    return fn.slice(volume, start=start, shape=list(crop), axes=[0, 1, 2], out_of_bounds_policy="pad", fill_values=0.0)
+def cut(fn: Any, volume: Any, start: Any, crop: tuple[int, int, int], background: Any, as_it_is: bool) -> Any:
+    """A crop from a place on. as_it_is: whether nothing, or nothing but zeros, is padded."""
+    above = volume if as_it_is else volume - background
+    above = fn.slice(above, start=start, shape=list(crop), axes=[0, 1, 2], out_of_bounds_policy="pad", fill_values=0.0)
+    return above if as_it_is else above + background

@@ -13,8 +13,8 @@ from brainscale import augment
 from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
 
-DAMAGE = "damaged store: "
-"""What a message begins with: of an exception in a process, DALI passes on the text alone."""
+MAX_REPORT = 2000
+"""Characters of a report, so that it is written to the pipe in one piece."""
 NARROWEST_BLUR_VOXELS = 1e-3
 """In place of no blur, which DALI's operator cannot be asked for."""
 
@@ -26,9 +26,10 @@ class Source:
     before it ends), and lets it end with the run's process, however that ends.
     """
 
-    def __init__(self, stream: Stream, cursor: int, names: tuple[str, ...]) -> None:
-        """cursor: global index from which the stream is read; names: which of the outputs are wanted."""
-        self.stream, self.cursor, self.names = stream, cursor, names
+    def __init__(self, stream: Stream, cursor: int, names: tuple[str, ...], report: str) -> None:
+        """cursor: global index from which the stream is read; names: which of the outputs are wanted; report: a named
+        pipe that is told of damage, since DALI passes it on only when its batch's turn comes."""
+        self.stream, self.cursor, self.names, self.report = stream, cursor, names, report
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -42,10 +43,13 @@ class Source:
         """sample: DALI's SampleInfo. Raises StoreDamage with sample and file."""
         stream = self.stream
         first = self.cursor + sample.iteration * stream.stride + stream.rank * stream.micro_batch
+        index = first + sample.idx_in_batch
         try:
-            outputs = self.outputs(first + sample.idx_in_batch)
+            outputs = self.outputs(index)
         except StoreDamage as error:
-            raise StoreDamage(DAMAGE + str(error)) from error
+            with open(self.report, "wb", buffering=0) as pipe:
+                pipe.write(f"{index} {error}"[:MAX_REPORT].encode())
+            raise
         return tuple(outputs[name] for name in self.names)
 
     def outputs(self, index: int) -> dict[str, np.ndarray]:

@@ -55,6 +55,10 @@ class Data(Model):
             raise ValueError(
                 'data.weights and data.sampler = "weighted" need each other, e.g. data.weights = {T1w = 1, FLAIR = 2}'
             )
+        if self.weight_column != "contrast" and not self.weights:
+            raise ValueError(
+                f'data.weight_column = "{self.weight_column}" is for data.sampler = "weighted"; set it too'
+            )
         if self.weights and not (min(self.weights.values()) >= 0 < max(self.weights.values())):
             raise ValueError(f"data.weights must be 0 or more, and one of them more, got {self.weights}")
         return self

@@ -7,9 +7,10 @@ of a batch, which is page-locked where there is a GPU; its copy to the GPU runs 
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from brainscale.feed import JOIN_S, Feed
 from brainscale.reader import Reader
 from brainscale.sampling import Draw
+from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
 from brainscale_kernels.patch_gather import Stored
 
@@ -85,6 +87,8 @@ class Loader(Stream):
     """Endless batches of one rank from a cursor (the global index of the next optimizer step's first sample), read by
     threads: the plain twin of the DALI loader."""
 
+    name: ClassVar[str] = "torch"
+    """What `data.loader` calls it."""
     device: torch.device = field(default=torch.device("cpu"))
 
     def batches(self, cursor: int) -> Generator[tuple[Batch, int], None, None]:
@@ -97,7 +101,13 @@ class Loader(Stream):
         at = cursor
         pool = ThreadPoolExecutor(self.config.data.workers, thread_name_prefix="loader")
         pending: deque[Pending] = deque()
-        feed = Feed(self._read(cursor, ahead, pool, pending), 1, self.config.data.timeout_s, lambda: self.awaited(at))
+        self.remember_names()
+        feed = Feed(
+            lambda feed: self._read(cursor, ahead, pool, pending, feed.fail),
+            1,
+            self.config.data.timeout_s,
+            lambda: self.awaited(at),
+        )
         try:
             while True:
                 batch, copied = next(feed)
@@ -114,7 +124,12 @@ class Loader(Stream):
             pool.shutdown(wait=not hanging)  # a read that hangs is left behind
 
     def _read(
-        self, cursor: int, ahead: int, pool: ThreadPoolExecutor, pending: deque[Pending]
+        self,
+        cursor: int,
+        ahead: int,
+        pool: ThreadPoolExecutor,
+        pending: deque[Pending],
+        fail: Callable[[Exception], None],
     ) -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:
         """Batches on the device, and when their copy is done. `ahead` of them are being read at any time."""
         dtype = torch.from_numpy(np.empty(0, self.reader.store.dtype)).dtype
@@ -124,7 +139,7 @@ class Loader(Stream):
             while len(pending) < ahead:
                 draws = self.draws(cursor)
                 volumes = torch.empty((len(draws), 1, *self.reader.volume_zyx), dtype=dtype, pin_memory=on_gpu)
-                reads = [pool.submit(self._fill, volumes[i, 0].numpy(), d) for i, d in enumerate(draws)]
+                reads = [pool.submit(self._fill, volumes[i, 0].numpy(), d, fail) for i, d in enumerate(draws)]
                 pending.append((draws, volumes, reads))
                 cursor += self.stride
             draws, volumes, reads = pending[0]
@@ -137,6 +152,11 @@ class Loader(Stream):
                     copied = stream.record_event()
             yield collate(self.reader, draws, volumes, foreground), copied
 
-    def _fill(self, out: np.ndarray, d: Draw) -> np.ndarray:
-        out[...], foreground = self.reader.sample(d)
+    def _fill(self, out: np.ndarray, d: Draw, fail: Callable[[Exception], None]) -> np.ndarray:
+        try:
+            out[...], foreground = self.reader.sample(d)
+        except StoreDamage as error:
+            damage = self.damage(d.index, str(error))
+            fail(damage)
+            raise damage from error
         return foreground

@@ -11,7 +11,6 @@ from brainscale.augment import Box, Codes, Noise
 from brainscale.geometry import Zyx, token_grid
 from brainscale.sampling import Draw
 from brainscale.settings import InputError
-from brainscale.store_files import StoreDamage
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,14 @@ class Reader:
         return z, y, x
 
     def piece(self, d: Draw) -> Piece:
-        """Read what a sample needs. Raises StoreDamage, naming the sample and the file, for data that is damaged."""
+        """Read what a sample needs. Raises StoreDamage, naming row and file, for data that is damaged."""
         spacing = self.spacing_mm_zyx(d.row)
         box = augment.box_of(d.corner_zyx, self.volume_zyx, self.store.volume_zyx, d.change, spacing)
-        try:
-            if box.size_zyx == self.store.volume_zyx:
-                voxels = self.store.volumes([d.row])[0]
-            else:
-                voxels = self.store.crop(d.row, box.corner_zyx, box.size_zyx)
-            cells = self.store.foreground([d.row])[0]
-        except StoreDamage as error:
-            scan = self.store.column("id")[self.at(d.row)]
-            raise StoreDamage(f"sample {d.index} (row {d.row}, {scan}): {error}") from None
+        if box.size_zyx == self.store.volume_zyx:
+            voxels = self.store.volumes([d.row])[0]
+        else:
+            voxels = self.store.crop(d.row, box.corner_zyx, box.size_zyx)
+        cells = self.store.foreground([d.row])[0]
         return Piece(voxels, box, self._foreground(cells, d, box))
 
     def sample(self, d: Draw) -> tuple[np.ndarray, np.ndarray]:

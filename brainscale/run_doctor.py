@@ -183,7 +183,7 @@ def of_data(config: Config, about: dict[str, Any]) -> str:
         todo = [f"raise data.workers from {workers} to {cores // ranks} ({cores} cores for {ranks} rank(s) here)"]
     else:
         todo = [f"data.workers = {workers} uses all cores already ({cores} for {ranks} rank(s) here)"]
-    if on_gpu(about) and config.data.loader != "dali":
+    if on_gpu(about) and about.get("loader", config.data.loader) != "dali":
         todo.append('set data.loader = "dali"')
     if plan.get("codec", "lz4") != "lz4":
         todo.append(f"convert with codec=lz4 (now {plan['codec']}), which is read twice as fast")

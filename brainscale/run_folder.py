@@ -73,11 +73,16 @@ def split_rows(store: Store | Stores, config: Config) -> tuple[np.ndarray, np.nd
     return store.rows[~held], store.rows[held]
 
 
-def data_hash(store: Store | Stores, rows: np.ndarray) -> str:
-    """Names the training rows and their scans: another value means another order of samples."""
+def data_hash(store: Store | Stores, order: Order) -> str:
+    """Names the training rows, their scans, and what is grouped in their order: another value means another order of
+    samples."""
+    rows = order.rows
     at = np.searchsorted(store.rows, rows)
-    lines = zip(rows, store.column("id")[at], store.column("voxels_xxh3_128")[at])
-    return xxhash.xxh3_128_hexdigest("\n".join(f"{row} {scan} {voxels}" for row, scan, voxels in lines).encode())
+    scans = zip(rows, store.column("id")[at], store.column("voxels_xxh3_128")[at])
+    lines = [f"{row} {scan} {voxels}" for row, scan, voxels in scans]
+    if len(order.groups) > 1 or len(order.groups[0].first) < len(rows):
+        lines += [f"{g.name} {g.weight} {g.rows.tolist()} {g.first.tolist()}" for g in order.groups]
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 @contextmanager
@@ -144,8 +149,10 @@ def completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def describe(run_dir: Path, config: Config, store: Stores, order: Order, held_rows: np.ndarray, world: World) -> None:
-    """Write config.toml and run.json."""
+def describe(
+    run_dir: Path, config: Config, store: Stores, order: Order, held_rows: np.ndarray, world: World, loader: str
+) -> None:
+    """Write config.toml and run.json. loader: which of the loaders feeds the run."""
     weights = [entry.weight for entry in config.data.stores] or [1.0]
     trained, held = (np.bincount(store.number(rows), minlength=len(weights)) for rows in (order.rows, held_rows))
     write_text(run_dir / "config.toml", to_toml(config))
@@ -156,6 +163,7 @@ def describe(run_dir: Path, config: Config, store: Stores, order: Order, held_ro
         "machine": {"cpu": provenance.cpu_name(), "device": device_name(world), **cores()},
         "world_size": world.size,
         "launcher": world.launcher,
+        "loader": loader,
         "store": {
             "path": ", ".join(store_paths(config.data)),
             "plan": store.plan.model_dump(mode="json"),

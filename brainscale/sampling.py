@@ -78,7 +78,7 @@ def draw(
     """The sample at a global index, of a row that an order has chosen.
 
     Crop corners are multiples of `corner_step` voxels (the store's foreground cell); an axis on which the crop is
-    longer than the volume is padded on both sides.
+    longer than the volume is padded around it, as evenly as cells allow.
     """
     random = words(seed, AUGMENT, index, 4)
     corner = [

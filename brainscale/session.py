@@ -62,7 +62,7 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
-        run_folder.describe(run_dir, config, session.store, session.loader.order, held, world)
+        run_folder.describe(run_dir, config, session.store, session.loader.order, held, world, session.loader.name)
     return session
 
 
@@ -81,7 +81,7 @@ def build(
     micro, accumulation = deep.batch_split(config, world.size)
     state = TrainState(
         step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
-        data_hash=run_folder.data_hash(store, order.rows), volume_zyx=reader.volume_zyx,
+        data_hash=run_folder.data_hash(store, order), volume_zyx=reader.volume_zyx,
         versions=provenance.versions(), world_size=world.size, zero_stage=deep.zero_stage(config, accumulation),
         micro_batch_volumes=micro, accumulation=accumulation,
     )  # fmt: skip

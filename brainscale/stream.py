@@ -1,6 +1,7 @@
 """Which samples a rank takes, and how many it may hold. No torch: the processes that read for DALI import this."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from brainscale.reader import Reader
 from brainscale.samplers import Order
 from brainscale.sampling import Draw, draw
 from brainscale.settings import InputError
+from brainscale.store_files import StoreDamage
 
 
 @dataclass
@@ -59,10 +61,26 @@ class Stream:
             )
         return number
 
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        return self.reader.store.column("id")
+
+    def remember_names(self) -> None:
+        """Read the names of scans while the disk answers: when they are needed, it may not."""
+        self.scan(int(self.order.rows[0]))
+
+    def scan(self, row: int) -> str:
+        """The name of a row's scan."""
+        return str(self._ids[self.reader.at(row)])
+
+    def damage(self, index: int, sentence: str) -> StoreDamage:
+        """Damage that was met in reading the sample at a global index, with the scan's name."""
+        row = self.order.row(index)
+        return StoreDamage(f"sample {index} (row {row}, {self.scan(row)}): {sentence}")
+
     def awaited(self, first: int) -> str:
         """Names the samples of this rank from a global index on, for a message."""
         store, draws = self.reader.store, self.draws(first)
-        ids = store.column("id")
-        named = ", ".join(f"row {d.row} ({ids[self.reader.at(d.row)]}) of {store.file_of(d.row)}" for d in draws[:8])
+        named = ", ".join(f"row {d.row} ({self.scan(d.row)}) of {store.file_of(d.row)}" for d in draws[:8])
         more = f" and {len(draws) - 8} more" if len(draws) > 8 else ""
         return f"waiting for samples {draws[0].index} to {draws[-1].index}: {named}{more}"

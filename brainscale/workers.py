@@ -1,6 +1,8 @@
 """The processes that read for a loader, looked after from outside the library that started them."""
 
 import multiprocessing
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,18 +18,31 @@ STOP_S = 5.0
 class Workers:
     """One that dies is reported to the feed at once; all are ended at the end."""
 
-    def __init__(self, awaited: Callable[[], str]) -> None:
-        """awaited: names the samples that the run waits for."""
-        self.awaited = awaited
+    def __init__(self, awaited: Callable[[], str], damage: Callable[[int, str], Exception]) -> None:
+        """awaited: names the samples that the run waits for; damage: what to raise for a sample that cannot be read."""
+        self.awaited, self.damage = awaited, damage
+        self._folder = tempfile.TemporaryDirectory(prefix="brainscale-loader-")
+        self.report = f"{self._folder.name}/report"
+        """A named pipe that takes "INDEX SENTENCE" of a sample that cannot be read."""
+        os.mkfifo(self.report)
+        self._reports = os.open(self.report, os.O_RDWR | os.O_NONBLOCK)
         self.processes: list[Any] = []
         self.leaving = threading.Event()
         """Set when the processes are about to be ended."""
+        self._told: Exception | None = None
+        self._lock = threading.Lock()
         self._closing, self._wake = multiprocessing.Pipe(duplex=False)
 
     def started_by(self, start: Callable[[], list[Any]]) -> list[Any]:
         """Call something that starts processes, and take those in."""
         before = multiprocessing.active_children()
-        started = start()
+        try:
+            started = start()
+        except RuntimeError as error:
+            raise LoaderFailed(
+                f"the processes that read for the loader could not be started ({error}); perhaps one was killed for "
+                "want of memory: lower data.workers"
+            ) from error
         self.processes = [p for p in multiprocessing.active_children() if p not in before]
         return started
 
@@ -37,9 +52,21 @@ class Workers:
         self._thread.start()
 
     def _look(self, feed: Feed[Any]) -> None:
-        connection.wait([*(p.sentinel for p in self.processes), self._closing])
-        if death := self.death():
-            feed.fail(death)
+        connection.wait([*(p.sentinel for p in self.processes), self._reports, self._closing])
+        if found := self._reported() or self.death():
+            feed.fail(found)
+
+    def _reported(self) -> Exception | None:
+        """What was reported first."""
+        with self._lock:
+            if self._told is None and connection.wait([self._reports], 0.0):
+                index, _, sentence = os.read(self._reports, 1 << 16).decode(errors="replace").partition(" ")
+                self._told = self.damage(int(index), sentence)
+            return self._told
+
+    def reason(self, error: Exception) -> Exception:
+        """What an error of the library that started the processes is due to: damage, a death, or itself."""
+        return self._reported() or self.death() or error
 
     def death(self) -> LoaderFailed | None:
         """What to say of a process that has ended without being told to."""
@@ -69,3 +96,5 @@ class Workers:
             p.join(STOP_S)
         self._wake.close()
         self._closing.close()
+        os.close(self._reports)
+        self._folder.cleanup()

@@ -5,12 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainscale.config import Config
 from brainscale.geometry import patchify
 from brainscale.loader import Loader, read_batch
+from brainscale.prep_plan import Plan
 from brainscale.reader import Reader
 from brainscale.samplers import make_order
 from brainscale.sampling import SAME, Change, Draw
@@ -84,6 +86,18 @@ def test_foreground_moves_with_the_voxels(tiny_store, crop):
         assert np.corrcoef(batch.foreground[0], shares[0])[0, 1] > 0.98
 
 
+def test_spacing_and_centre_are_in_memory_order(tiny_store, tmp_path):
+    """1 × 1.5 × 3 mm along x, y, z."""
+
+    def change(record):
+        record["affine_stored"] = np.diag([1.0, 1.5, 3.0, 1.0]).reshape(-1).tolist()
+
+    plan = Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=4, spacing_mm_xyz="native")
+    native = Reader(open_stores([write_tiny_store(tmp_path / "native", plan=plan, change=change)]), (8, 8, 8), None)
+    assert native.spacing_mm_zyx(3).tolist() == [3.0, 1.5, 1.0]
+    assert Reader(open_stores([tiny_store]), (8, 8, 8), (8, 8, 24)).centre() == (4, 8, -4)
+
+
 def test_what_does_not_fit_is_refused(tiny_store):
     store = open_store(tiny_store)
     with pytest.raises(InputError, match="no multiple of the patch"):
@@ -103,7 +117,7 @@ def test_damage_reaches_the_caller(tiny_store, tmp_path):
     for shard in (copy / "volumes" / "c").rglob("*"):
         if shard.is_file():
             shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(StoreDamage, match=r"sample 0 \(row \d, sub-.*volumes/c/"):
+    with pytest.raises(StoreDamage, match=r"sample \d \(row \d, sub-.*volumes/c/"):
         next(Loader(reader, make_order(store, store.rows, config), config, 0, 1, 4).batches(0))
 
 

@@ -75,7 +75,8 @@ def test_one_store_is_what_it_is_alone(paths):
     config = load(Config, None, ("data.holdout_fraction=0.4",))
     for rows, wanted in zip(run_folder.split_rows(one, config), run_folder.split_rows(alone, config)):
         assert rows.tolist() == wanted.tolist()
-        assert run_folder.data_hash(one, rows) == run_folder.data_hash(alone, rows)
+        order = make_order(one, rows, config)
+        assert run_folder.data_hash(one, order) == run_folder.data_hash(alone, order)
 
 
 def test_rows_and_names_of_two(pair, paths):
@@ -157,12 +158,16 @@ def test_a_duplicate_of_a_duplicate_leads_to_the_first(tmp_path):
 
 def test_other_scans_and_no_other_places_have_another_hash(pair, paths, tmp_path):
     moved = Stores([shutil.copytree(path, tmp_path / f"elsewhere-{number}") for number, path in enumerate(paths)])
-    other = Stores([paths[0], write_tiny_store(tmp_path / "other", 6, OTHER_LAYOUT)])
     config = load(Config, None, ("data.holdout_fraction=0.4",))
     one, two = (run_folder.split_rows(stores, config)[0] for stores in (pair, moved))
     assert one.tolist() == two.tolist()
-    assert run_folder.data_hash(pair, one) == run_folder.data_hash(moved, two) != run_folder.data_hash(other, one)
-    assert run_folder.data_hash(pair, one) != run_folder.data_hash(pair, one[1:])
+    here, fewer, balanced = (
+        make_order(Stores([paths[0]]), rows, load(Config, None, sampler))
+        for rows, sampler in ((one[:3], ()), (one[1:3], ()), (one[:3], ("data.sampler=subject_balanced",)))
+    )
+    assert run_folder.data_hash(pair, here) == run_folder.data_hash(moved, here)
+    assert len({run_folder.data_hash(pair, order) for order in (here, fewer, balanced)}) == 3
+    assert run_folder.data_hash(pair, here) != run_folder.data_hash(Stores([paths[1]]), here)
 
 
 @pytest.mark.parametrize(
