@@ -14,7 +14,7 @@ from brainscale.store_files import StoreDamage
 from brainscale.stream import Stream
 
 MAX_REPORT = 2000
-"""Characters of a report, so that it is written to the pipe in one piece."""
+"""Bytes of a report, so that it is written to the pipe in one piece (PIPE_BUF)."""
 NARROWEST_BLUR_VOXELS = 1e-3
 """In place of no blur, which DALI's operator cannot be asked for."""
 
@@ -40,7 +40,7 @@ class Source:
             threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
 
     def __call__(self, sample: Any) -> tuple[np.ndarray, ...]:
-        """sample: DALI's SampleInfo. Raises StoreDamage with sample and file."""
+        """sample: DALI's SampleInfo. Raises StoreDamage with row and file, after reporting it with the sample."""
         stream = self.stream
         first = self.cursor + sample.iteration * stream.stride + stream.rank * stream.micro_batch
         index = first + sample.idx_in_batch
@@ -48,7 +48,7 @@ class Source:
             outputs = self.outputs(index)
         except StoreDamage as error:
             with open(self.report, "wb", buffering=0) as pipe:
-                pipe.write(f"{index} {error}"[:MAX_REPORT].encode())
+                pipe.write(f"{index} {error}".encode()[:MAX_REPORT] + b"\n")
             raise
         return tuple(outputs[name] for name in self.names)
 

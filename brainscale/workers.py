@@ -23,7 +23,7 @@ class Workers:
         self.awaited, self.damage = awaited, damage
         self._folder = tempfile.TemporaryDirectory(prefix="brainscale-loader-")
         self.report = f"{self._folder.name}/report"
-        """A named pipe that takes "INDEX SENTENCE" of a sample that cannot be read."""
+        """A named pipe that takes a line "INDEX SENTENCE" of each sample that cannot be read."""
         os.mkfifo(self.report)
         self._reports = os.open(self.report, os.O_RDWR | os.O_NONBLOCK)
         self.processes: list[Any] = []
@@ -39,6 +39,8 @@ class Workers:
         try:
             started = start()
         except RuntimeError as error:
+            os.close(self._reports)
+            self._folder.cleanup()
             raise LoaderFailed(
                 f"the processes that read for the loader could not be started ({error}); perhaps one was killed for "
                 "want of memory: lower data.workers"
@@ -60,7 +62,8 @@ class Workers:
         """What was reported first."""
         with self._lock:
             if self._told is None and connection.wait([self._reports], 0.0):
-                index, _, sentence = os.read(self._reports, 1 << 16).decode(errors="replace").partition(" ")
+                line = os.read(self._reports, 1 << 16).partition(b"\n")[0]  # several may have been written by now
+                index, _, sentence = line.decode(errors="replace").partition(" ")
                 self._told = self.damage(int(index), sentence)
             return self._told
 

@@ -116,6 +116,10 @@ def test_readers_pass_over_the_signals_of_a_job(store, tiny_config, tmp_path):
     (rank,) = start("dali", store, tiny_config, run, 1, "data.workers=2")
     processes, before = readers(rank), len(losses(run))
     for process in processes:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)  # a blocked signal would not end it either
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            assert ignored >> (number - 1) & 1
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             process.send_signal(number)
     wait_until(lambda: len(losses(run)) > before + 50, [rank])  # far beyond what was read ahead

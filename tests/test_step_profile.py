@@ -118,6 +118,15 @@ def test_a_sampled_step_is_left_out_of_the_means_of_an_interval():
     assert line["data_wait_max_fraction"] == line["data_wait_fraction"] and line["process_steps"] == 3
 
 
+def test_the_share_of_waiting_is_that_of_a_step():
+    clock = metrics.Clock(0, 0.0)
+    with clock.span("data_s"):
+        torch.randn(400, 400) @ torch.randn(400, 400)
+    line = clock.read(4, 1, (1, 1, 1), 1.0, CPU)
+    assert 0 < line["data_wait_fraction"] <= 1
+    assert line["data_wait_fraction"] == pytest.approx(line["data_s"] / line["step_s"])
+
+
 def test_a_real_profile_gives_shares():
     clock, said = metrics.Clock(0, 0.0), list[str]()
     with sampling(CPU.device, clock, said.append) as found:
