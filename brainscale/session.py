@@ -24,6 +24,7 @@ from brainscale.ops import choose, refuse
 from brainscale.reader import Reader
 from brainscale.samplers import make_order
 from brainscale.stores import Stores
+from brainscale.zero import batch_split, zero_stage
 
 
 @dataclass
@@ -78,11 +79,11 @@ def build(
     masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
     train_rows, held_rows = run_folder.split_rows(store, config)
     order = make_order(store, train_rows, config)
-    micro, accumulation = deep.batch_split(config, world.size)
+    micro, accumulation = batch_split(config, world.size)
     state = TrainState(
         step=0, cursor=0, time_s=0.0, config=config.model_dump(mode="json"), plan_hash=store.plan_hash,
         data_hash=run_folder.data_hash(store, order), volume_zyx=reader.volume_zyx,
-        versions=provenance.versions(), world_size=world.size, zero_stage=deep.zero_stage(config, accumulation),
+        versions=provenance.versions(), world_size=world.size, zero_stage=zero_stage(config, accumulation),
         micro_batch_volumes=micro, accumulation=accumulation,
     )  # fmt: skip
     saved = read_state(found) if found is not None else None

@@ -1,21 +1,18 @@
 """DeepSpeed's settings are a pure function of ours; they make the optimizer meant, which moves the bytes meant."""
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from counting import Counted
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import finish, start_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from brainscale.config import Config
-from brainscale.engine import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config, vector_elements
 from brainscale.settings import InputError, load
+from brainscale.zero import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config, vector_elements
 
 REDUCED = {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
 OWNED = {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
@@ -120,24 +117,6 @@ OPERATIONS = {
     3: {"_reduce_scatter_base_", "_allgather_base_"},
 }
 """Collectives that carry gradients and weights (flags and norms are a few bytes)."""
-
-
-class Counted(TorchDispatchMode):
-    """Bytes that a rank of a ring sends: n·(W−1)/W to reduce or gather n bytes, twice that to do both."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__()
-        self.share, self.sent, self.operations = (world_size - 1) / world_size, Counter[str](), Counter[str]()
-        self.factor = {"allreduce_": 2.0, "reduce_": 1.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": world_size}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            name = function._opname
-            size = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
-            kind = "weights" if name == "_allgather_base_" else "gradients"
-            self.sent[kind] += self.factor[name] * size * self.share
-            self.operations[name] += size
-        return function(*args, **(kwargs or {}))
 
 
 def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -> None:

@@ -26,7 +26,7 @@ ORDER = [
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
         "dali_source", "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
-        "objective", "optim", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
+        "objective", "optim", "zero", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
         "replay", "cli_data", "cli_bench", "cli_runs", "cli",
