@@ -85,10 +85,15 @@ def find() -> World:
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device, launcher)
 
 
-def start(world: World, timeout_s: float = 1800.0) -> None:
-    """Join the process group. A peer that is killed or silent for `timeout_s` becomes an error here."""
+def start(world: World, timeout_s: float = 1800.0, store: dist.Store | None = None) -> None:
+    """Join the process group; store: where the ranks have met (none: at MASTER_ADDR). A peer that is killed or silent
+    for `timeout_s` becomes an error here."""
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
+    )
+    if world.size > 1:  # NCCL connects at its first collective
+        dist.all_reduce(torch.zeros(1, device=world.device))
 
 
 def broadcast(value: T, world: World) -> T:
