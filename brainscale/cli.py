@@ -79,17 +79,18 @@ def pretrain(
     from brainscale import stopping
 
     stop = stopping.Stop()
-    from brainscale import distributed, report, run_folder, train
+    from brainscale import distributed, rendezvous, report, run_folder, train
     from brainscale.store import StoreDamage
 
     world = distributed.find()
-    distributed.start(world, settings.health.first_timeout_s)
     code, sentence, ours, alone = 0, "done", True, False
     try:
+        rendezvous.join(world, settings.health.first_timeout_s)
         train.run(settings, run_dir, world, stop, allow_change)
     except InputError as error:
         code, sentence = 2, str(error)
-        ours, alone = not isinstance(error, run_folder.RunBusy), isinstance(error, StoreDamage)
+        ours = not isinstance(error, run_folder.RunBusy | rendezvous.NotMet)
+        alone = isinstance(error, StoreDamage | rendezvous.NotJoined)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
     except (train.LostRank, train.NoData) as error:
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, PATH_ERRORS) and error.errno != errno.EROFS:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node, since its files may be at fault
             sentence = path_sentence(error) if isinstance(error, OSError) else error
             print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

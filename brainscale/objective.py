@@ -9,9 +9,19 @@ An objective is a module that is made with (config, volume_zyx) and has
 - `after_step(step)`: what follows an optimizer step that was applied; `flops()`: of one sample, forward and backward.
 """
 
+import torch
+
+from brainscale.config import Config
+from brainscale.geometry import Zyx
 from brainscale.jepa import Jepa, JepaOutput
 from brainscale.mae import Mae, MaeOutput
 
 Objective = Mae | Jepa
 Output = MaeOutput | JepaOutput
 OBJECTIVES: dict[str, type[Mae] | type[Jepa]] = {"mae": Mae, "jepa": Jepa}
+
+
+def on_meta(config: Config, volume_zyx: Zyx) -> Objective:
+    """The objective of a run without memory, to count what it has."""
+    with torch.device("meta"):
+        return OBJECTIVES[config.objective](config, volume_zyx)

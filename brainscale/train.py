@@ -19,6 +19,7 @@ from brainscale.loader import Batch
 from brainscale.mae import Mae
 from brainscale.masking import draw_masks
 from brainscale.nonfinite import MicroBatch
+from brainscale.preflight import check
 from brainscale.schedules import due, learning_rate
 from brainscale.session import Session, prepare
 from brainscale.settings import InputError
@@ -58,6 +59,7 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
             (run_dir / "exit.json").unlink(missing_ok=True)
         watch = Watch(world, run_dir, config.health.first_timeout_s)
         try:
+            check(config, run_dir, world, allow_change)
             session = prepare(config, run_dir, world, allow_change)
             if session is not None:
                 train(session, stop, watch)

@@ -16,7 +16,7 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "settings", "prep_plan", "data_settings", "config", "faults", "stopping", "geometry", "schedules",
-        "distributed", "provenance", "store_files", "store", "stores",
+        "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
@@ -27,6 +27,7 @@ ORDER = [
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
         "dali_source", "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "zero", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
+        "run_disk", "preflight",
         "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
         "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
         "replay", "cli_data", "cli_bench", "cli_runs", "cli",
