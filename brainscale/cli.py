@@ -8,16 +8,20 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__, cli_data, cli_runs
+from brainscale import __version__, cli_data, cli_runs, cli_slurm
 from brainscale.cli_bench import bench
 from brainscale.config import Config
 from brainscale.settings import InputError, load, to_toml
 
-EXIT_CODES = """Exit codes: 0 done, or already done. 1 internal error. 2 bad input or settings. 3 more scans refused
-than allowed. 4 a check found damage. 5 training stopped itself. 75 stopped early and resumable."""
+if TYPE_CHECKING:
+    from brainscale.distributed import World
+
+EXIT_CODES = """Exit codes: 0 done, already done, or queued again by Slurm. 1 internal error. 2 bad input or settings.
+3 more scans refused than allowed. 4 a check found damage. 5 training stopped itself. 75 stopped early and resumable."""
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 """What the system says of a path that cannot be used; it came from the command line or the settings."""
@@ -42,6 +46,8 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
 
 app.command(bench)
 app.command(cli_runs.checkpoint)
+app.command(cli_slurm.submit)
+app.command(cli_slurm.retry)
 for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor, cli_runs.replay):
     app.command(command)
 
@@ -83,7 +89,7 @@ def pretrain(
     from brainscale.store import StoreDamage
 
     world = distributed.find()
-    code, sentence, ours, alone = 0, "done", True, False
+    code, sentence, ours, alone, again, lost_nodes, told = 0, "done", True, False, False, [], ""
     try:
         rendezvous.join(world, settings.health.first_timeout_s)
         train.run(settings, run_dir, world, stop, allow_change)
@@ -93,12 +99,15 @@ def pretrain(
         alone = isinstance(error, StoreDamage | rendezvous.NotJoined)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
-    except (train.LostRank, train.NoData) as error:
-        code, sentence, alone = 5, str(error), True
+    except train.LostRank as error:
+        code, sentence, alone, again, lost_nodes = 5, str(error), True, bool(error.nodes), error.nodes
+    except train.NoData as error:
+        code, sentence, alone, again = 5, str(error), True, True
     except (train.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
     except train.StoppedEarly as error:
-        code, sentence = 75, str(error)
+        told = once_more(world) if error.goes_on else ""
+        code, sentence = 0 if told else 75, f"{error}; {told or 'the same command continues'}"
     except BaseException as error:
         alone = True
         if isinstance(error, OSError) and error.errno in train.DISK_FULL:
@@ -109,12 +118,14 @@ def pretrain(
     if code and (world.is_first or alone):
         rank = f" (rank {world.rank})" if world.size > 1 and alone else ""
         print(f"error{rank}: {sentence}" if code != 75 else sentence, file=sys.stderr)
+    elif world.is_first and sentence != "done":
+        print(sentence, file=sys.stderr)
     if ours and run_dir.is_dir() and (world.is_first or alone):
         try:
-            run_folder.write_exit(run_dir, code, sentence, world)
+            run_folder.write_exit(run_dir, code, sentence, world, again, lost_nodes)
         except OSError as error:
             print(f"exit.json could not be written ({error})", file=sys.stderr)
-    if world.is_first and code in (0, 5):
+    if world.is_first and code in (0, 5) and not told:
         print(f"report: {report.write(run_dir)}")
     distributed.leave(code)
 
@@ -150,13 +161,27 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
     print(qc.write(run_or_store) if is_store else write(run_or_store))
 
 
+def once_more(world: "World") -> str:
+    """Collective: have the Slurm job queued again by rank 0, unless that has happened; the sentence to say, or "" where
+    that is not done, and rank 0 says why within a Slurm job."""
+    from brainscale import distributed, slurm_job
+
+    told = ""
+    if world.is_first and slurm_job.job_id():
+        try:
+            told = slurm_job.requeue()
+        except slurm_job.NotRequeued as why:
+            print(f"not queued again: {why}", file=sys.stderr)
+    return distributed.broadcast(told, world)
+
+
 def dry_run_text(config: Config) -> str:
     """Parameters, tokens and FLOPs of a config, from a model on the meta device."""
     import torch
 
     from brainscale.geometry import token_grid
     from brainscale.masking import masked_count
-    from brainscale.objective import OBJECTIVES
+    from brainscale.objective import on_meta
     from brainscale.reader import Reader
     from brainscale.stores import open_stores, store_paths
 
@@ -174,8 +199,7 @@ def dry_run_text(config: Config) -> str:
     grid = token_grid(volume, config.model.patch_voxels_zyx)
     tokens = grid[0] * grid[1] * grid[2]
     masked = masked_count(config.mask.fraction, tokens)
-    with torch.device("meta"):
-        model = OBJECTIVES[config.objective](config, volume)
+    model = on_meta(config, volume)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     followed = sum(p.numel() for p in model.parameters()) - trained
     encoder = sum(p.numel() for p in model.encoder.parameters())

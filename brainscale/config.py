@@ -209,6 +209,9 @@ class Health(Model):
     """Warn when predictions are hardly nearer to their own subject's targets than to another's (`gap`), from
     `gap_after_steps` on: a healthy run takes a while to look at the subject."""
     gap_after_steps: int = Field(default=2000, ge=0)
+    max_restarts_without_progress: int = Field(default=3, ge=0)
+    """Times in a row that a Slurm job may begin again at the same step, after failures or preemptions before anything
+    new was saved; then it ends (exit 5)."""
     max_spike: float = Field(default=10.0, gt=1)
     """Warn when the gradient norm is this many times its running median."""
     stop_on_collapse: bool = False

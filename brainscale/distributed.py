@@ -1,4 +1,4 @@
-"""Who am I among how many: one `World` from torchrun's variables, Slurm's, or neither. Half an environment is an error.
+"""Who am I among how many: a `World` from the variables of torchrun, Slurm, submitit or none; half of them is an error.
 
 Ranks meet by torch.distributed (NCCL with a GPU, gloo without). A CPU worker leaves with `os._exit`, because gloo's
 threads abort the interpreter's shutdown in about 1 of 15 runs when DeepSpeed still holds a process group.
@@ -6,7 +6,6 @@ threads abort the interpreter's shutdown in about 1 of 15 runs when DeepSpeed st
 
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from brainscale import slurm_job
 from brainscale.settings import InputError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +22,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 T = TypeVar("T")
-SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+SLURM_STEP = (
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_ID", "SLURM_JOB_ID",
+)  # fmt: skip
+SUBMITIT_LOCAL = (
+    "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_JOB_ID",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class World:
 def find() -> World:
     """Read the launcher's environment; completes RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in it.
 
-    Raises InputError when only some of a launcher's variables are set.
+    sbatch and submitit start a Slurm job's tasks by srun, so both are "slurm" here. torchrun is asked first, since it
+    may run inside a Slurm job. Raises InputError when only some of a launcher's variables are set, or when they do not
+    fit together.
     """
     env = os.environ
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
@@ -54,35 +61,68 @@ def find() -> World:
                 "MASTER_PORT is 0, so the ranks would wait for each other; give torchrun --standalone or a port"
             )
         launcher = "torchrun"
-    elif "SLURM_STEP_NUM_TASKS" in env:
+    elif env.get("SUBMITIT_EXECUTOR") == "local":
+        _require(SUBMITIT_LOCAL, "submitit")
+        launcher = "submitit"
+        port = _port(int(env["SUBMITIT_LOCAL_JOB_ID"]))
+        _set(env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"], env["SUBMITIT_LOCAL_LOCALID"], port=port)
+    elif any(name in env for name in SLURM_STEP if name.startswith("SLURM_STEP")):
         _require(SLURM_STEP, "srun")
         launcher = "slurm"
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
-        ).stdout.split()
-        env.update(
-            RANK=env["SLURM_PROCID"],
-            WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
-            LOCAL_RANK=env["SLURM_LOCALID"],
-            MASTER_ADDR=hosts[0],
-            MASTER_PORT=str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        port = _port(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"]))
+        try:
+            first = slurm_job.nodes(env["SLURM_STEP_NODELIST"])[0]
+        except slurm_job.ERRORS as error:
+            raise InputError(f"Slurm does not say which nodes {env['SLURM_STEP_NODELIST']} are ({error})") from None
+        _set(env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"], first, port)
+    elif int(env.get("SLURM_NTASKS", "1")) > 1:
+        raise InputError(
+            f"this Slurm job has {env['SLURM_NTASKS']} tasks, but this process was not started by srun, so it would "
+            "train alone; start it with srun or torchrun, or unset SLURM_NTASKS to run a single process"
         )
     else:
         launcher = "single"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(env["LOCAL_RANK"])
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() == 1:
-            local_rank_device = 0  # srun --gpus-per-task shows each task its own device as number 0
-        else:
-            local_rank_device = local_rank
-        device = torch.device("cuda", local_rank_device)
-        torch.cuda.set_device(device)
-    return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device, launcher)
+            _set("0", "1", "0", port=probe.getsockname()[1])
+    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < size:
+        raise InputError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0, so start this with {launcher}")
+    return World(rank, size, local_rank, _device(rank, local_rank), launcher)
+
+
+def _set(rank: str, size: str, local_rank: str, address: str = "127.0.0.1", port: int = 0) -> None:
+    """Say it in torchrun's variables, which torch and DeepSpeed read."""
+    os.environ.update(
+        RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank, MASTER_ADDR=address, MASTER_PORT=str(port)
+    )  # fmt: skip
+
+
+def _port(number: int) -> int:
+    """A port that differs between jobs on a node, below those that systems hand out by themselves (from 32768)."""
+    return 20000 + number % 12000
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.removeprefix("-").isdigit():
+        raise InputError(f"{name} is {text!r}; a launcher sets it to a whole number")
+    return int(text)
+
+
+def _device(rank: int, local_rank: int) -> torch.device:
+    """The GPU of a local rank, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    at = 0 if count == 1 else local_rank  # srun --gpus-per-task shows each task its own device as number 0
+    if at >= count:
+        raise InputError(
+            f"rank {rank} is number {local_rank} on its node, where it sees {count} GPUs; start one task per GPU"
+        )
+    device = torch.device("cuda", at)
+    torch.cuda.set_device(device)
+    return device
 
 
 def start(world: World, timeout_s: float = 1800.0, store: dist.Store | None = None) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
-from brainscale import provenance
+from brainscale import provenance, slurm_job
 from brainscale.checkpoint_files import TrainState
 from brainscale.config import MAY_CHANGE_ON_RESUME, Config
 from brainscale.data_settings import Data
@@ -39,6 +39,7 @@ STARTED_S = time.time()
 """When this process began."""
 STORE_PATH = re.compile(r"data\.stores\.\d+\.path")
 """Settings that say where one of several stores lies: it may move, as `data.store` may."""
+LEFTOVER_S = 120.0
 REFUSED_LISTED = 200
 """Refused scans named in run.json; all of them stand in the store's refused.jsonl."""
 
@@ -87,13 +88,16 @@ def data_hash(store: Store | Stores, order: Order) -> str:
 
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Hold the run folder. Raises RunBusy on every rank when that cannot be."""
+    """Hold the run folder. Raises RunBusy on every rank when that cannot be.
+
+    A Slurm job that begins again waits LEFTOVER_S for processes of its life before, which may be left on a lost node.
+    """
     lock = None
     taken: str | None = None
     if world.is_first:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(run_dir / ".lock", timeout=0)
+            lock = filelock.FileLock(run_dir / ".lock", timeout=LEFTOVER_S if slurm_job.restarts() else 0)
             lock.acquire()
         except filelock.Timeout:
             taken = f"{run_dir} is being written by another process; wait for it, or give this run its own run.dir"
@@ -202,16 +206,27 @@ def describe(
     write_text(run_dir / "run.json", json.dumps(about, indent=1))
 
 
-def write_exit(run_dir: Path, code: int, sentence: str, world: World) -> None:
+def write_exit(
+    run_dir: Path, code: int, sentence: str, world: World, again: bool = False, lost_nodes: Sequence[str] = ()
+) -> None:
     """Write exit.json: torchrun hides a rank's exit code, this file does not.
 
-    When one rank fails, the others fail for want of it; the reason written first stays.
+    When one rank fails, the others fail for want of it; the reason written first stays. again, lost_nodes: as in
+    `write_record`.
     """
     path = run_dir / "exit.json"
     if world.size > 1 and code in (1, 5) and path.exists() and path.stat().st_mtime > STARTED_S:
         return
-    record = {"code": code, "sentence": sentence, "rank": world.rank}
-    write_text(path, json.dumps({**record, "utc": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
+    write_record(run_dir, code, sentence, world.rank, again, lost_nodes)
+
+
+def write_record(
+    run_dir: Path, code: int, sentence: str, rank: int = 0, again: bool = False, lost_nodes: Sequence[str] = ()
+) -> None:
+    """Write exit.json whatever is there. again: another start may do better; lost_nodes: where ranks died or hang."""
+    record = {"code": code, "sentence": sentence, "rank": rank, "again": again, "lost_nodes": list(lost_nodes)}
+    utc = datetime.now(UTC).isoformat(timespec="seconds")
+    write_text(run_dir / "exit.json", json.dumps({**record, "utc": utc}) + "\n")
 
 
 def cores() -> dict[str, int]:

@@ -8,7 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brainscale import checkpoint, distributed, health, metrics, nonfinite, run_folder, step_profile, stopping
+from brainscale import (
+    checkpoint,
+    distributed,
+    health,
+    metrics,
+    nonfinite,
+    restarts,
+    run_folder,
+    slurm_job,
+    step_profile,
+    stopping,
+)  # fmt: skip
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
 from brainscale.config import Checkpoint, Config
@@ -34,7 +45,11 @@ class TrainingStopped(RuntimeError):
 
 
 class LostRank(TrainingStopped):
-    """Another rank is dead, stopped or failed; the message names it."""
+    """Another rank is dead, stopped or failed; the message names it. nodes: where ranks are dead or stopped."""
+
+    def __init__(self, sentence: str, nodes: list[str]) -> None:
+        super().__init__(sentence)
+        self.nodes = nodes
 
 
 class NoData(TrainingStopped):
@@ -43,7 +58,12 @@ class NoData(TrainingStopped):
 
 
 class StoppedEarly(RuntimeError):
-    """The run was asked to stop, or its disk is full (exit code 75); the same command continues it."""
+    """The run was asked to stop, or its disk is full (exit code 75); the same command continues it. goes_on: a Slurm
+    job should do so by itself."""
+
+    def __init__(self, sentence: str, goes_on: bool = False) -> None:
+        super().__init__(sentence)
+        self.goes_on = goes_on
 
 
 def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_change: tuple[str, ...] = ()) -> None:
@@ -55,8 +75,8 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
     the disk is full.
     """
     with run_folder.locked(run_dir, world):
-        if world.is_first:
-            (run_dir / "exit.json").unlink(missing_ok=True)
+        if hopeless := restarts.begin(run_dir, config.health.max_restarts_without_progress, world):
+            raise TrainingStopped(hopeless)
         watch = Watch(world, run_dir, config.health.first_timeout_s)
         try:
             check(config, run_dir, world, allow_change)
@@ -73,7 +93,7 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
             raise NoData(str(error)) from error
         except Exception as error:
             if blamed := watch.blame(error):
-                raise LostRank(blamed) from error
+                raise LostRank(blamed, watch.lost_nodes) from error
             raise
         finally:
             watch.close()
@@ -87,7 +107,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     meter, clock = metrics.Meter(world, session.model.parts), metrics.Clock(state.step, state.time_s)
     writer = metrics.Writer(run_dir, state.step, config, voice.line) if world.is_first else None
     saver = checkpoint.Saver(engine, run_dir / "checkpoints", world, config.checkpoint)
-    deadline = stopping.Deadline(config.train.stop_after_min, stopping.job_end_s(voice.line) if writer else None)
+    deadline = stopping.Deadline(config.train.stop_after_min, slurm_job.job_end_s(voice.line) if writer else None)
     agreement = distributed.Agreement(world)
     batches = session.loader.batches(state.cursor)
     first, why, evaluate_s, collapse = state.step, agreement.vote(stop.number), 0.0, ""
@@ -181,8 +201,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         raise TrainingStopped(f"after step {state.step}, which is saved, {collapse} (health.stop_on_collapse)")
     if why and state.step < config.train.num_steps:
         raise StoppedEarly(
-            f"stopped by {stopping.reason(why)} after step {state.step} of {config.train.num_steps}, which is saved; "
-            "the same command continues"
+            f"stopped by {stopping.reason(why)} after step {state.step} of {config.train.num_steps}, which is saved",
+            why in stopping.GOES_ON,
         )
 
 
@@ -226,8 +246,7 @@ def wish(
     """Why this rank wants to stop; 0 if it does not."""
     if saver.failed():
         return stopping.SAVE_FAILED
-    late = deadline.reached(step_s, saver.copy_s + saver.write_s, evaluate_s)
-    return stop.number or (stopping.TIME_IS_UP if late else 0)
+    return stop.number or deadline.reached(step_s, saver.copy_s + saver.write_s, evaluate_s)
 
 
 def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -> None:
@@ -244,7 +263,7 @@ def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -
         if number in DISK_FULL:
             raise StoppedEarly(
                 f"the disk of {saver.root} is full, so a state could not be saved whole; no older checkpoint was "
-                "harmed: make room, then the same command continues"
+                "harmed: make room"
             ) from failed
         raise failed.error from failed
 

@@ -7,7 +7,6 @@ its threads to RUN/stacks/rank-XXXX.txt and ends with code 5; so all ranks end, 
 
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from brainscale import slurm_job
 from brainscale.distributed import World, broadcast, leave, set_timeouts, wait
 from brainscale.run_folder import write_exit
 
@@ -38,7 +38,7 @@ PHASES = ("start", "data", "forward", "backward", "evaluate", "save", "end")
 
 @dataclass
 class Peer:
-    """What was heard of a rank: host and pid, its last beat and when it came (monotonic seconds), its failure."""
+    """What was heard of a rank: node and pid, its last beat and when it came (monotonic seconds), its failure."""
 
     who: str = "not heard of yet"
     beat: str = ""
@@ -46,6 +46,11 @@ class Peer:
     phase: str = "start"
     failure: str = ""
     heard_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def node(self) -> str:
+        """Where it runs, by Slurm's name if it has one."""
+        return self.who.partition(",")[0]
 
     def hear(self, text: str) -> None:
         """Take in what stands in the store."""
@@ -69,6 +74,7 @@ class Watch:
         self.since = time.monotonic()
         self.peers = {rank: Peer() for rank in range(world.size) if rank != world.rank}
         self.failure, self.beats, self.closed, self.lock = "", 0, threading.Event(), threading.Lock()
+        self.lost_nodes: list[str] = []
         self.store: dist.TCPStore | None = None
         if world.size == 1:
             return
@@ -135,13 +141,15 @@ class Watch:
             for rank, peer in heard.items()
             if peer.silent_s >= silent_s
         ]
+        if silent and not failed:
+            self.lost_nodes = sorted({peer.node for peer in heard.values() if peer.silent_s >= silent_s})
         return "; ".join(failed or silent)
 
     def _exchange(self, ask: bool = True) -> None:
         """Beat, and hear what the others have said; a store that does not answer is left and joined anew."""
         self.beats += 1
         step, phase = self.place
-        said = f"{self.beats}|{step}|{phase}|{socket.gethostname()}, pid {os.getpid()}|{self.failure}"
+        said = f"{self.beats}|{step}|{phase}|{slurm_job.node()}, pid {os.getpid()}|{self.failure}"
         patience = timedelta(seconds=STORE_S)
         try:
             if self.store is None:
@@ -192,7 +200,7 @@ class Watch:
             print(f"error (rank {self.world.rank}): {sentence}", file=sys.stderr, flush=True)
             try:
                 dump(self.run_dir, self.world, sentence)
-                write_exit(self.run_dir, STOPPED_ITSELF, sentence, self.world)
+                write_exit(self.run_dir, STOPPED_ITSELF, sentence, self.world, True, self.lost_nodes)
             except OSError as error:  # a full or lost disk; the process must end all the same
                 print(f"error (rank {self.world.rank}): {error}", file=sys.stderr, flush=True)
             leave(STOPPED_ITSELF)

@@ -15,7 +15,7 @@ ORDER = [
         "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "spectral_patch", "compile_report",
     )),
     *(f"brainscale.{name}" for name in (
-        "settings", "prep_plan", "data_settings", "config", "faults", "stopping", "geometry", "schedules",
+        "settings", "prep_plan", "data_settings", "config", "faults", "slurm_job", "stopping", "geometry", "schedules",
         "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
@@ -28,9 +28,13 @@ ORDER = [
         "dali_source", "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "zero", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "run_disk", "preflight",
-        "step_profile", "run_folder", "watch", "holdout", "health", "session", "train", "figures", "qc_scans",
-        "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
-        "replay", "cli_data", "cli_bench", "cli_runs", "cli",
+        "step_profile", "run_folder", "restarts", "watch", "holdout", "health", "session", "train", "figures",
+        "qc_scans", "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
+        "replay",
+    )),
+    "brainscale_slurm.submit",
+    *(f"brainscale.{name}" for name in (
+        "cli_data", "cli_bench", "cli_runs", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -92,6 +96,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_data",
         "brainscale.cli_bench",
         "brainscale.cli_runs",
+        "brainscale.cli_slurm",
         "brainscale.__main__",
         "brainscale_data_prep.to_zarr",
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from processes import run_ranks, start_ranks
 
 from brainscale import checkpoint_files as files
-from brainscale import stopping
+from brainscale import slurm_job
 
 
 def common(config, store, run):
@@ -89,26 +89,26 @@ def test_a_job_whose_end_slurm_does_not_tell_says_so(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert stopping.job_end_s(said.append) is None
+    assert slurm_job.job_end_s(said.append) is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
-    assert stopping.job_end_s(said.append) is None
+    assert slurm_job.job_end_s(said.append) is None
     assert all("the end of this Slurm job is not known" in sentence for sentence in said) and len(said) == 2
 
 
 @given(st.integers(0, 30), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
 def test_slurm_s_time_left_is_read(days, hours, minutes, seconds):
     wanted = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    assert stopping.time_left_s(f"{days}-{hours:02}:{minutes:02}:{seconds:02}") == wanted
+    assert slurm_job.time_left_s(f"{days}-{hours:02}:{minutes:02}:{seconds:02}") == wanted
     if days == 0:
-        assert stopping.time_left_s(f"{hours}:{minutes:02}:{seconds:02}") == wanted
+        assert slurm_job.time_left_s(f"{hours}:{minutes:02}:{seconds:02}") == wanted
     if days == hours == 0:
-        assert stopping.time_left_s(f"{minutes}:{seconds:02}") == wanted
+        assert slurm_job.time_left_s(f"{minutes}:{seconds:02}") == wanted
 
 
 def test_slurm_s_other_words():
-    assert stopping.time_left_s("UNLIMITED") is None
+    assert slurm_job.time_left_s("UNLIMITED") is None
     with pytest.raises(ValueError, match="INVALID"):
-        stopping.time_left_s("INVALID")
+        slurm_job.time_left_s("INVALID")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
