@@ -125,7 +125,7 @@ def retry(code: int, config: Path, /, *overrides: str, allow_change: tuple[str, 
     run_dir = Path(settings.run.dir or f"runs/{config.stem}")
     again, sentence, nodes = restarts.verdict(run_dir, code, settings.health.max_restarts_without_progress)
     if not again:
-        print(f"not queued again: {sentence}", file=sys.stderr)
+        print(f"not queued again: {sentence or 'another start would end alike'}", file=sys.stderr)
         sys.exit(code)
     try:
         print(f"{slurm_job.requeue()}, since {sentence}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ LOST_TWICE = 2
 
 
 class Verdict(NamedTuple):
-    """Whether a failed job should begin again, why, and without which nodes."""
+    """Whether a failed job should begin again, why (if that is news), and without which nodes."""
 
     again: bool
     sentence: str
@@ -62,7 +62,7 @@ def verdict(run_dir: Path, code: int, most: int) -> Verdict:
     step, told = newest_step(run_dir), record.get("sentence", "")
     cause = record.get("code", code)
     if record and not record["again"] and not (cause == 1 and step > starts[-1]["step"]):
-        return Verdict(False, told, [])
+        return Verdict(False, "", [])
     told = told or f"its processes were killed (srun ended with {code})"
     fruitless = fruitless_starts(starts, job, step)
     if fruitless > most:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two pytest workers on two cores; read whe
 import interpreter  # noqa: F401  (before the kernels are imported)
 import numpy as np
 import pytest
+import slurm_cluster
 from processes import run_ranks
+from slurm_cluster import Cluster
 
 from brainscale import metrics, store
 from brainscale.prep_plan import Plan
@@ -141,6 +143,22 @@ def run_brainscale(
     return done
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here, which takes root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def losses(run: Path) -> dict[int, float]:
     """Loss of every step of a run."""
     return {step: line["loss"] for step, line in metrics.read(run / "metrics.jsonl").items() if "loss" in line}
@@ -162,3 +180,10 @@ def unbroken(tiny_store: Path, tiny_config: Path, tmp_path_factory: pytest.TempP
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
     return run
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm of three nodes, or a skip that says why not."""
+    with slurm_cluster.running() as cluster:
+        yield cluster

@@ -1,0 +1,104 @@
+"""Whether a Slurm job begins again: counted from what stands in the run folder. The real thing is in tests/slurm."""
+
+import json
+
+import pytest
+import torch
+
+from brainscale import restarts, run_folder
+from brainscale.distributed import World
+
+ALONE = World(0, 1, 0, torch.device("cpu"), "single")
+
+
+@pytest.fixture
+def life(tmp_path, monkeypatch):
+    """Begins a life of job 7 with the newest checkpoint at a step."""
+
+    def begin(restart, step, most=2):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True, exist_ok=True)
+        return restarts.begin(tmp_path, most, ALONE)
+
+    return begin
+
+
+def test_outside_of_slurm_nothing_is_noted(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run_folder.write_record(tmp_path, 5, "as before")
+    assert restarts.begin(tmp_path, 0, ALONE) == ""
+    assert not (tmp_path / "exit.json").exists() and restarts.read(tmp_path) == []
+
+
+def test_starts_that_save_nothing_are_counted_and_told(life, tmp_path):
+    assert life(0, 10) == life(1, 10) == life(2, 10) == ""
+    run_folder.write_record(tmp_path, 5, "rank 1 is dead")
+    told = life(3, 10)
+    assert "job 7 began 3 times in a row at step 10" in told and told.endswith("the last time: rank 1 is dead")
+    assert [start["restart"] for start in restarts.read(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_save_begins_the_count_anew(life):
+    assert life(0, 10) == life(1, 10) == life(2, 10) == life(3, 20) == life(4, 20) == life(5, 20) == ""
+    assert life(6, 20) != ""
+
+
+def test_another_job_begins_the_count_anew(life, monkeypatch, tmp_path):
+    life(0, 10), life(1, 10), life(2, 10)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert restarts.begin(tmp_path, 2, ALONE) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "again", "saved", "wanted"),
+    [
+        (5, True, False, True),  # a lost rank
+        (5, False, True, False),  # collapse
+        (1, False, True, True),  # an error after a save
+        (1, False, False, False),  # an error before
+        (2, False, True, False),  # settings, damage
+        (75, False, True, False),  # a full disk
+    ],
+)
+def test_what_is_tried_again(life, tmp_path, code, again, saved, wanted):
+    life(0, 10)
+    if saved:
+        (tmp_path / "checkpoints" / "step-00000011").mkdir()
+    run_folder.write_record(tmp_path, code, "what happened", again=again)
+    verdict = restarts.verdict(tmp_path, code, 2)
+    assert verdict.again == wanted and verdict.nodes == []
+    assert json.loads((tmp_path / "exit.json").read_text())["sentence"] == "what happened"
+
+
+def test_who_is_killed_without_a_word_is_tried_again_and_leaves_a_record(life, tmp_path):
+    life(0, 10)
+    assert restarts.verdict(tmp_path, 137, 2).again
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record["code"] == 137 and record["sentence"] == "its processes were killed (srun ended with 137)"
+
+
+def test_who_fails_past_the_limit_is_given_up_with_the_reason(life, tmp_path):
+    for restart in range(3):
+        life(restart, 10)
+    assert not restarts.verdict(tmp_path, 137, 2).again
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record["code"] == 5 and "began 3 times in a row at step 10" in record["sentence"]
+
+
+def test_a_life_that_never_reached_the_run_folder_is_not_tried_again(life, tmp_path, monkeypatch):
+    assert not restarts.verdict(tmp_path, 1, 2).again
+    life(0, 10)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert restarts.verdict(tmp_path, 1, 2) == (False, "the run did not begin", [])
+
+
+def test_a_node_that_loses_ranks_twice_is_named(life, tmp_path):
+    def lost(*nodes):
+        run_folder.write_record(tmp_path, 5, "lost", again=True, lost_nodes=nodes)
+        return restarts.verdict(tmp_path, 5, 9).nodes
+
+    life(0, 10)
+    assert lost("n1", "n2") == []
+    life(1, 20)
+    assert lost("n2") == ["n2"]
