@@ -108,6 +108,11 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     writer = metrics.Writer(run_dir, state.step, config, voice.line) if world.is_first else None
     saver = checkpoint.Saver(engine, run_dir / "checkpoints", world, config.checkpoint)
     deadline = stopping.Deadline(config.train.stop_after_min, slurm_job.job_end_s(voice.line) if writer else None)
+    if deadline.reached(0, 0, 0) == stopping.JOB_ENDS:
+        voice.line(
+            "WARNING: the Slurm job is too short: it ends within a minute, which is kept for saving, so each of its "
+            "lives takes one step; ask for a longer --time"
+        )
     agreement = distributed.Agreement(world)
     batches = session.loader.batches(state.cursor)
     first, why, evaluate_s, collapse = state.step, agreement.vote(stop.number), 0.0, ""

@@ -162,8 +162,8 @@ def _executor(job: Job, resources: Resources) -> Executor:
     asked = {"partition": resources.partition, "account": resources.account, "gpus_per_node": resources.gpus_per_node}
     further = dict(_pair(option) for option in resources.sbatch)
     executor.update_parameters(
-        name=job.name, nodes=resources.nodes, tasks_per_node=resources.tasks_per_node,
-        cpus_per_task=resources.cpus_per_task, timeout_min=round(resources.time_hours * 60),
+        job_name=job.name, nodes=resources.nodes, ntasks_per_node=resources.tasks_per_node,
+        cpus_per_task=resources.cpus_per_task, time=round(resources.time_hours * 60),
         signal_delay_s=resources.signal_delay_s, stderr_to_stdout=True, srun_args=["--kill-on-bad-exit=1"],
         setup=[KEEP_SHELL, "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *resources.setup], teardown=[retry],
         additional_parameters={"requeue": True, **further},

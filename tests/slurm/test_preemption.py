@@ -48,7 +48,15 @@ def test_five_preemptions_in_a_row_leave_no_trace(cluster, tiny_store, tiny_conf
     waits()
     config.write_text(text.replace("workers = 1", 'workers = 2\nloader = "dali"'))
     life(2)
-    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=srun true")
+    urgent = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=srun true",
+    )
     cluster.finish(urgent.strip())
     config.write_text(text)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
