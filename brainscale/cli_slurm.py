@@ -117,6 +117,8 @@ def retry(code: int, config: Path, /, *overrides: str, allow_change: tuple[str, 
     allow_change
         Taken, since the pretraining may have it, and without effect.
     """
+    import signal
+
     from brainscale import restarts, slurm_job
 
     if code == 0 or slurm_job.job_id() is None:
@@ -127,6 +129,7 @@ def retry(code: int, config: Path, /, *overrides: str, allow_change: tuple[str, 
     if not again:
         print(f"not queued again: {sentence or 'another start would end alike'}", file=sys.stderr)
         sys.exit(code)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends the script when the job is queued again
     try:
         print(f"{slurm_job.requeue()}, since {sentence}", file=sys.stderr, flush=True)
         if nodes and slurm_job.exclude(nodes):

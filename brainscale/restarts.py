@@ -42,7 +42,7 @@ def begin(run_dir: Path, most: int, world: World) -> str:
         if job := slurm_job.job_id():
             step, starts = newest_step(run_dir), read(run_dir)
             fruitless = fruitless_starts(starts, job, step)
-            before = ended.get("sentence", "killed without a word") if fruitless else ""
+            before = ended.get("sentence", "killed without a word") if starts and starts[-1]["job"] == job else ""
             start = {"job": job, "restart": slurm_job.restarts(), "step": step, "node": slurm_job.node()}
             line = {"utc": _now(), **start, "before": before, "lost_nodes": ended.get("lost_nodes", [])}
             write_text(run_dir / STARTS, "".join(json.dumps(one) + "\n" for one in [*starts, line]))

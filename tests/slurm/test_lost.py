@@ -29,7 +29,8 @@ def test_a_dead_node_is_left_and_the_job_goes_on(cluster, tiny_store, tiny_confi
 
 
 def test_a_rank_that_is_killed_is_tried_again_on_a_job_that_gets_on(cluster, tiny_store, tiny_config, tmp_path):
-    """The second rank dies in its 30th step, and in that of every life; a state is saved every fourth."""
+    """The second rank dies in its 30th step, and in that of every life; a state is saved every fourth. After the second
+    time the job stays away from that node."""
     run = tmp_path / "run"
     arguments = (tiny_config, f"data.store={tiny_store}", f"run.dir={run}", "train.num_steps=70")
     fault = "step.backward:kill@rank=1@hit=30"
@@ -37,6 +38,8 @@ def test_a_rank_that_is_killed_is_tried_again_on_a_job_that_gets_on(cluster, tin
     ended, log = cluster.finish(job), cluster.log(job)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "2", log
     steps = [life["step"] for life in lives(run)]
+    assert [life["lost_nodes"] for life in lives(run)] == [[], [NODES[1]], [NODES[1]]]
+    assert f"it stays away from {NODES[1]}" in log and ended["ExcNodeList"] == NODES[1], log
     assert steps[0] == 0 and 20 <= steps[1] <= 28 and 44 <= steps[2] <= 56 and max(losses(run)) == 70, steps
 
 
