@@ -1,8 +1,12 @@
 #!/bin/bash
 # Convert NIfTI into a store as a Slurm array: sbatch --array=0-7 slurm/to_zarr.sh SOURCE STORE [options of to_zarr.py]
-# Example: sbatch --array=0-7 slurm/to_zarr.sh /data/bids /data/stores/brains --prep configs/prep/brain_1mm.toml
-# The array's numbers must follow one another. The tasks write one store, and the last to end finishes it. What was killed
-# continues by the same line; to start task 3 of 8 alone: SHARDS=8 sbatch --array=3 slurm/to_zarr.sh SOURCE STORE ...
+#   sbatch --array=0-7 slurm/to_zarr.sh /data/bids /data/stores/brains --prep configs/prep/brain_1mm.toml
+# The array's numbers must follow one another. The tasks write one store, and the last to end finishes it. A task that is
+# preempted, loses its node or nears its time limit is queued again and continues; what was killed for good continues by the same
+# line; to start task 3 of 8 alone: SHARDS=8 sbatch --array=3 slurm/to_zarr.sh SOURCE STORE ...
+# A site edits the lines below (options of the sbatch command go before these), and those marked "site".
+##SBATCH --partition=cpu
+##SBATCH --account=project
 #SBATCH --job-name=brainscale-to-zarr
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -10,6 +14,7 @@
 #SBATCH --mem-per-cpu=2G
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 
@@ -18,11 +23,25 @@ if [ $# -lt 2 ]; then
   echo "usage: sbatch --array=0-7 slurm/to_zarr.sh SOURCE STORE [options of to_zarr.py]" >&2
   exit 2
 fi
-# site: module load, source .venv/bin/activate, container line
+# site: module load, source .venv/bin/activate
+CONTAINER=() # site: for example (apptainer exec brainscale.sif), with scontrol inside, and PYTHON=python
 PYTHON=${PYTHON:-.venv/bin/python}
 TASK=${SLURM_ARRAY_TASK_ID:-0}
 if [ -z "${SHARDS:-}" ]; then # an array may begin at 1
   SHARDS=${SLURM_ARRAY_TASK_COUNT:-1}
   TASK=$((TASK - ${SLURM_ARRAY_TASK_MIN:-0}))
 fi
-exec "$PYTHON" data_prep/to_zarr.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" --shard "$TASK/$SHARDS"
+
+# one process with workers of its own, so no srun: the signal is for that process alone, which then ends its workers
+ASKED=no CODE=0
+trap 'ASKED=yes; kill -TERM "$CONVERSION"' TERM
+"${CONTAINER[@]}" "$PYTHON" data_prep/to_zarr.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" --shard "$TASK/$SHARDS" &
+CONVERSION=$!
+wait "$CONVERSION" || CODE=$?
+if [ "$ASKED" = yes ]; then # the signal broke off the wait
+  wait "$CONVERSION" && CODE=0 || CODE=$?
+fi
+if [ "$ASKED" = yes ] && [ "$CODE" = 75 ]; then
+  exec "${CONTAINER[@]}" "$PYTHON" -c 'from brainscale import slurm_job; print(slurm_job.requeue())'
+fi
+exit "$CODE"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses, run_brainscale
+from slurm_cluster import until
 
 pytestmark = pytest.mark.slow
 SCRIPTS = ("pretrain_mae.sh", "pretrain_jepa.sh", "to_zarr.sh")
@@ -72,6 +73,21 @@ def test_an_array_of_three_builds_one_store(cluster, tmp_path):
     job = cluster.sbatch("to_zarr.sh", source, built, *plan, options=("--array=0-2",))
     for task in range(3):
         assert cluster.finish(f"{job}_{task}")["JobState"] == "COMPLETED", cluster.logs()
+    assert contents(built) == contents(plain)
+
+
+def test_a_conversion_whose_time_ends_is_queued_again_and_goes_on(cluster, tmp_path):
+    """The signal that Slurm sends to the script before the end; 16 scans are made much finer, which takes a while."""
+    source, plain, built = tmp_path / "bids", tmp_path / "plain", tmp_path / "built"
+    run_brainscale("phantom", source, "--subjects", "16", "--seed", "0", "--spacing-mm", "4")
+    plan = ("shard_volumes=1", "spacing_mm_xyz=[1,1,1]", "grid_voxels_xyz=[192,224,192]")
+    subprocess.run([sys.executable, "data_prep/to_zarr.py", source, plain, *plan], cwd=ROOT, check=True)
+    job = cluster.sbatch("to_zarr.sh", source, built, *plan)
+    until(lambda: list((built / "journal").glob("*")), "a shard", lambda: cluster.log(job))
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    ended, log = cluster.finish(job), cluster.log(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log
+    assert f"job {job} is queued again" in log
     assert contents(built) == contents(plain)
 
 
