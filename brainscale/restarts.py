@@ -43,9 +43,7 @@ def begin(run_dir: Path, most: int, world: World) -> str:
             step, starts = newest_step(run_dir), read(run_dir)
             fruitless = fruitless_starts(starts, job, step)
             before = ended.get("sentence", "killed without a word") if starts and starts[-1]["job"] == job else ""
-            start = {"job": job, "restart": slurm_job.restarts(), "step": step, "node": slurm_job.node()}
-            line = {"utc": _now(), **start, "before": before, "lost_nodes": ended.get("lost_nodes", [])}
-            write_text(run_dir / STARTS, "".join(json.dumps(one) + "\n" for one in [*starts, line]))
+            _note(run_dir, starts, job, step, before, ended.get("lost_nodes", []))
             if fruitless > most:
                 hopeless = _hopeless(job, fruitless, step, before)
     return broadcast(hopeless, world)
@@ -57,10 +55,16 @@ def verdict(run_dir: Path, code: int, most: int) -> Verdict:
     Writes exit.json where the run ended without it or is given up.
     """
     job, starts, record = slurm_job.job_id(), read(run_dir), _record(run_dir)
-    if not starts or (starts[-1]["job"], starts[-1]["restart"]) != (job, slurm_job.restarts()):
-        return Verdict(False, "the run did not begin", [])
     step, told = newest_step(run_dir), record.get("sentence", "")
     cause = record.get("code", code)
+    if job is None or not any(start["job"] == job for start in starts):
+        return Verdict(False, "the run did not begin", [])
+    if (starts[-1]["job"], starts[-1]["restart"]) != (
+        job,
+        slurm_job.restarts(),
+    ):  # it has begun before, so this is no mistake in its settings
+        starts = _note(run_dir, starts, job, step, told, record.get("lost_nodes", []))
+        record, told = {}, f"it did not begin again (srun ended with {code})"
     if record and not record["again"] and not (cause == 1 and step > starts[-1]["step"]):
         return Verdict(False, "", [])
     told = told or f"its processes were killed (srun ended with {code})"
@@ -76,7 +80,7 @@ def verdict(run_dir: Path, code: int, most: int) -> Verdict:
     return Verdict(True, told, sorted(name for name, count in lost.items() if count >= LOST_TWICE))
 
 
-def fruitless_starts(starts: list[dict[str, Any]], job: str | None, step: int) -> int:
+def fruitless_starts(starts: list[dict[str, Any]], job: str, step: int) -> int:
     """How many of the newest starts are of this job and at this step: what began there saved nothing new."""
     count = 0
     for start in reversed(starts):
@@ -98,6 +102,16 @@ def newest_step(run_dir: Path) -> int:
     return checkpoint_files.step_of(found[-1]) if found else 0
 
 
+def _note(
+    run_dir: Path, starts: list[dict[str, Any]], job: str, step: int, before: str, lost_nodes: list[str]
+) -> list[dict[str, Any]]:
+    """Write a line for this life; returns all lines."""
+    start = {"job": job, "restart": slurm_job.restarts(), "step": step, "node": slurm_job.node()}
+    lines = [*starts, {"utc": _now(), **start, "before": before, "lost_nodes": lost_nodes}]
+    write_text(run_dir / STARTS, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
 def _record(run_dir: Path) -> dict[str, Any]:
     """exit.json; {} where there is none."""
     path = run_dir / "exit.json"
@@ -105,7 +119,7 @@ def _record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def _hopeless(job: str | None, fruitless: int, step: int, told: str) -> str:
+def _hopeless(job: str, fruitless: int, step: int, told: str) -> str:
     return (
         f"Slurm job {job} began {fruitless} times in a row at step {step} and saved nothing further, so it is given up "
         f"(health.max_restarts_without_progress); the last time: {told}"

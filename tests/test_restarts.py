@@ -86,11 +86,21 @@ def test_who_fails_past_the_limit_is_given_up_with_the_reason(life, tmp_path):
     assert record["code"] == 5 and "began 3 times in a row at step 10" in record["sentence"]
 
 
-def test_a_life_that_never_reached_the_run_folder_is_not_tried_again(life, tmp_path, monkeypatch):
-    assert not restarts.verdict(tmp_path, 1, 2).again
-    life(0, 10)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+def test_a_job_that_never_reached_its_run_folder_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert restarts.verdict(tmp_path, 1, 2) == (False, "the run did not begin", [])
+
+
+def test_a_life_that_does_not_begin_after_one_that_did_is_tried_again_and_counted(life, tmp_path, monkeypatch):
+    """Where a node came without its GPU, say."""
+    life(0, 10)
+    run_folder.write_record(tmp_path, 0, "stopped, saved and queued again")
+    for restart in (1, 2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        again, sentence, _ = restarts.verdict(tmp_path, 2, 2)
+        assert again == (restart < 2) and "it did not begin again (srun ended with 2)" in sentence
+    assert [start["restart"] for start in restarts.read(tmp_path)] == [0, 1, 2]
+    assert restarts.read(tmp_path)[1]["before"] == "stopped, saved and queued again"
 
 
 def test_a_node_that_loses_ranks_twice_is_named(life, tmp_path):
