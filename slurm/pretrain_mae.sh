@@ -23,7 +23,11 @@ set -euo pipefail
 # site: module load cuda
 CONTAINER=() # site: for example (apptainer exec --nv brainscale.sif), with scontrol and squeue inside, and PYTHON=python
 PYTHON=${PYTHON:-.venv/bin/python}
-export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over
+if [ ${#CONTAINER[@]} = 0 ] && ! command -v "$PYTHON" >/dev/null; then
+  echo "error: $PYTHON is not found in $PWD; submit from the checkout after 'make .venv/installed', or set PYTHON" >&2
+  exit 2
+fi
 
 trap : USR1 USR2 TERM # the tasks save and leave; this shell waits for them
 CODE=0

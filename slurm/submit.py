@@ -26,6 +26,9 @@ from brainscale.stopping import SIGNALS
 
 KEEP_SHELL = "trap : USR1 USR2 TERM  # the tasks save and leave; this shell waits for them"
 
+THREADS = "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
+"""srun does not take the number of a task's cores over from sbatch (Slurm 22.05 and later)."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -165,7 +168,7 @@ def _executor(job: Job, resources: Resources) -> Executor:
         job_name=job.name, nodes=resources.nodes, ntasks_per_node=resources.tasks_per_node,
         cpus_per_task=resources.cpus_per_task, time=round(resources.time_hours * 60),
         signal_delay_s=resources.signal_delay_s, stderr_to_stdout=True, srun_args=["--kill-on-bad-exit=1"],
-        setup=[KEEP_SHELL, "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *resources.setup], teardown=[retry],
+        setup=[KEEP_SHELL, THREADS, *resources.setup], teardown=[retry],
         additional_parameters={"requeue": True, **further},
         **{key: value for key, value in asked.items() if value},
     )  # fmt: skip

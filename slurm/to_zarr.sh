@@ -26,6 +26,10 @@ fi
 # site: module load, source .venv/bin/activate
 CONTAINER=() # site: for example (apptainer exec brainscale.sif), with scontrol inside, and PYTHON=python
 PYTHON=${PYTHON:-.venv/bin/python}
+if [ ${#CONTAINER[@]} = 0 ] && ! command -v "$PYTHON" >/dev/null; then
+  echo "error: $PYTHON is not found in $PWD; submit from the checkout after 'make .venv/installed', or set PYTHON" >&2
+  exit 2
+fi
 TASK=${SLURM_ARRAY_TASK_ID:-0}
 if [ -z "${SHARDS:-}" ]; then # an array may begin at 1
   SHARDS=${SLURM_ARRAY_TASK_COUNT:-1}

@@ -32,7 +32,7 @@ WANTED = """#!/bin/bash
 
 # setup
 trap : USR1 USR2 TERM  # the tasks save and leave; this shell waits for them
-export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 module load cuda
 
 # command

@@ -126,6 +126,13 @@ def test_a_task_without_srun_in_a_job_of_several_says_so(cluster, tiny_store, ti
     assert "this Slurm job has 2 tasks, but this process was not started by srun" in out.read_text()
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_job_without_its_python_says_what_to_do(cluster, name):
+    job = cluster.sbatch(name, "a", "b", PYTHON="/nowhere/python")
+    assert cluster.finish(job)["ExitCode"] == "2:0"
+    assert cluster.log(job).startswith("error: /nowhere/python is not found in ")
+
+
 def test_without_arguments_the_demo_s_store_is_trained_on():
     for name in SCRIPTS[:2]:
         text = (ROOT / "slurm" / name).read_text()
