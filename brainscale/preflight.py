@@ -5,7 +5,6 @@ ports is said before that, by rendezvous.py; with the disk, by run_disk.py. One 
 """
 
 import platform
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from brainscale import provenance
+from brainscale import provenance, slurm_job
 from brainscale.config import Config
 from brainscale.distributed import World, broadcast, gather, wait
 from brainscale.rendezvous import named
@@ -49,7 +48,7 @@ def check(config: Config, run_dir: Path, world: World, allow_change: tuple[str, 
     rank: settings, versions or stores that differ, clocks more than CLOCK_S apart, a run folder that is not the same
     on every rank or cannot be written, no room for one state.
     """
-    nodes = [socket.gethostname()]
+    nodes = [slurm_job.node()]
     if world.size > 1:
         wait(world)
         every = gather(facts(config, allow_change, now_s()), world)
@@ -73,7 +72,7 @@ def facts(config: Config, allow_change: tuple[str, ...], clock_s: float) -> Fact
     """What this rank has. Python counts without its patch level, which changes no result."""
     versions = {**provenance.versions(), "python": ".".join(platform.python_version_tuple()[:2])}
     return Facts(
-        socket.gethostname(),
+        slurm_job.node(),
         clock_s,
         {**config.model_dump(mode="json"), "--allow-change": sorted(allow_change)},
         {**versions, "brainscale's files": code_hash()},

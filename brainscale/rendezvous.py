@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from brainscale import distributed
+from brainscale import distributed, slurm_job
 from brainscale.distributed import World
 from brainscale.settings import InputError
 
@@ -46,7 +46,7 @@ def join(world: World, timeout_s: float) -> None:
         socket.getaddrinfo(host, int(port))
     except (OSError, UnicodeError) as error:
         raise NotJoined(
-            f"rank {world.rank} on {socket.gethostname()} cannot resolve MASTER_ADDR = {host!r} ({_text(error)}); give "
+            f"rank {world.rank} on {slurm_job.node()} cannot resolve MASTER_ADDR = {host!r} ({_text(error)}); give "
             "the name or address of rank 0's node as every node knows it"
         ) from None
     try:
@@ -70,7 +70,7 @@ def _keeps_store(world: World) -> bool:
 
 def _agree(store: dist.Store, world: World, timeout_s: float) -> str:
     """Rank 0 waits for the others and tells all what is wrong, if anything."""
-    store.set(f"{world.rank}", f"{world.device.type} {socket.gethostname()}")
+    store.set(f"{world.rank}", f"{world.device.type} {slurm_job.node()}")
     if not world.is_first:
         store.set_timeout(timedelta(seconds=timeout_s + GRACE_S))
         verdict = store.get("verdict").decode()
@@ -121,7 +121,7 @@ def _listed(things: Sequence[object]) -> str:
 
 def _why(world: World, host: str, port: int, timeout_s: float, error: RuntimeError) -> str:
     """What went wrong, told from the error and from how the port answers now."""
-    who, place = f"rank {world.rank} of {world.size} on {socket.gethostname()}", f"{host}:{port}"
+    who, place = f"rank {world.rank} of {world.size} on {slurm_job.node()}", f"{host}:{port}"
     if not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return (
             f"{who} came to {place}, but cannot connect to the other ranks ({_text(error)}); open the firewall between "

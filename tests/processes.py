@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -57,8 +57,16 @@ def start_ranks(*arguments: str | Path, ranks: int = 1, faults: str = "", logs: 
     return start_function(partial(_command, [*map(str, arguments)]), ranks=ranks, faults=faults, logs=logs)
 
 
-def start_function(function: Callable[[], None], *, ranks: int, faults: str = "", logs: Path) -> list[Rank]:
-    """Call a function (of a module's top level, or a partial of one) in so many ranks."""
+def start_function(
+    function: Callable[[], None] | Sequence[Callable[[], None]],
+    *,
+    ranks: int,
+    faults: str = "",
+    logs: Path,
+    each: Sequence[Mapping[str, str]] = (),
+) -> list[Rank]:
+    """Call a function (of a module's top level, or a partial of one) in so many ranks, or a list's in one rank each;
+    each: variables of each rank's environment, besides those that a launcher sets."""
     environment = {"BRAINSCALE_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         with socket.socket() as probe:
@@ -70,7 +78,9 @@ def start_function(function: Callable[[], None], *, ranks: int, faults: str = ""
     for rank in range(ranks):
         output = logs / f"{time.monotonic_ns()}-rank-{rank}.log"
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = SERVER.Process(target=_main, args=(function, {**environment, **own}, output))
+        own |= each[rank] if each else {}
+        called = function if callable(function) else function[rank]
+        process = SERVER.Process(target=_main, args=(called, {**environment, **own}, output))
         process.start()
         started.append(Rank(process, output))
     return started
