@@ -7,8 +7,10 @@ ranks with and without a GPU wait for each other. Under torchrun the agent keeps
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -50,9 +52,7 @@ def join(world: World, timeout_s: float) -> None:
             "the name or address of rank 0's node as every node knows it"
         ) from None
     try:
-        store = dist.TCPStore(
-            host, int(port), is_master=_keeps_store(world), wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
+        store = _open(host, int(port), world, timeout_s)
         verdict = _agree(dist.PrefixStore("rendezvous", store), world, timeout_s) if world.size > 1 else ""
         if not verdict:
             distributed.start(world, timeout_s, store)
@@ -66,6 +66,27 @@ def join(world: World, timeout_s: float) -> None:
 
 def _keeps_store(world: World) -> bool:
     return world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _open(host: str, port: int, world: World, timeout_s: float) -> dist.TCPStore:
+    """The store that the ranks meet at. From a thread, which is left behind if need be: torch waits for ever for the
+    first word of whatever listens there."""
+    opened: Future[dist.TCPStore] = Future()
+
+    def open_store() -> None:
+        patience = timedelta(seconds=timeout_s)
+        try:
+            opened.set_result(
+                dist.TCPStore(host, port, is_master=_keeps_store(world), wait_for_workers=False, timeout=patience)
+            )
+        except RuntimeError as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=open_store, name="rendezvous", daemon=True).start()
+    try:
+        return opened.result(timeout_s + GRACE_S)
+    except TimeoutError:
+        raise dist.DistNetworkError("no word from it") from None
 
 
 def _agree(store: dist.Store, world: World, timeout_s: float) -> str:

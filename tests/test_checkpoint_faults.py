@@ -8,9 +8,8 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,22 +247,6 @@ def assert_says_that_the_disk_is_full(ended: list[Rank], run: Path) -> None:
     assert not [rank.text for rank in ended if "Traceback" in rank.text]
     said = json.loads((run / "exit.json").read_text())
     assert said["code"] == 75 and said["sentence"] == lines[0]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here, which takes root: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -53,6 +53,22 @@ def test_a_port_that_is_taken_is_named(tiny_store, tiny_config, tmp_path):
     assert not (tmp_path / "run" / "exit.json").exists()
 
 
+def test_a_stranger_at_the_port_who_says_nothing_is_no_reason_to_wait_for_ever(tiny_store, tiny_config, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (rank,) = start(tiny_config, tiny_store, tmp_path / "run", [launcher(port, 1)])
+        (said,) = errors(finish([rank], code=2, timeout_s=60))
+    assert f"cannot meet the others at 127.0.0.1:{port} within 4 s: something listens there and does not go on" in said
+
+
+def test_an_interface_that_is_not_there_is_named(tiny_store, tiny_config, tmp_path):
+    (port,) = free_ports(1)
+    environments = [launcher(port, rank) | {"GLOO_SOCKET_IFNAME": "none0"} for rank in range(2)]
+    said = errors(finish(start(tiny_config, tiny_store, tmp_path / "run", environments), code=2, timeout_s=60))
+    assert len(said) == 2  # the second to find out may see no more than that the other has left
+    assert any("cannot connect to the other ranks" in one and "none0); open the firewall" in one for one in said)
+
+
 def test_a_rank_that_does_not_come_is_named(tiny_store, tiny_config, tmp_path):
     (port,) = free_ports(1)
     (rank,) = start(tiny_config, tiny_store, tmp_path / "run", [launcher(port, 0)])
