@@ -177,8 +177,6 @@ def once_more(world: "World") -> str:
 
 def dry_run_text(config: Config) -> str:
     """Parameters, tokens and FLOPs of a config, from a model on the meta device."""
-    import torch
-
     from brainscale.geometry import token_grid
     from brainscale.masking import masked_count
     from brainscale.objective import on_meta

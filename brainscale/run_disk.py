@@ -124,8 +124,8 @@ def room(config: Config, run_dir: Path) -> tuple[str, str]:
     if free < states * state:
         return "", (
             f"WARNING, {place}, and {states} more states of {_gb(state)} each make {_gb(states * state)}: those of "
-            "checkpoint.keep_last and keep_every_steps, and the one that is being written; the run will stop when the "
-            "disk is full"
+            "checkpoint.keep_last and keep_every_steps, and the one that is being written; the run will stop where "
+            "the room ends"
         )
     return "", ""
 
