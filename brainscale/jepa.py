@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from brainscale.config import Config
 from brainscale.geometry import Zyx, token_grid
 from brainscale.loader import Batch
-from brainscale.masking import Masks, masked_count
+from brainscale.masking import Masks
+from brainscale.model_counts import model_flops, tokens_of
 from brainscale.ops import patch_gather
 from brainscale.regularizers import sigreg, vcr, vcr_tokens
 from brainscale.schedules import linear
 from brainscale.teacher import Teacher
-from brainscale.vit import Decoder, Encoder, decoder_flops, encoder_flops
+from brainscale.vit import Decoder, Encoder
 
 
 class JepaOutput(NamedTuple):
@@ -109,13 +110,8 @@ class Jepa(nn.Module):
         self.average.move(linear(step, settings.momentum, final, num_steps))
 
     def flops(self) -> int:
-        """FLOPs of one sample's forward and backward pass: 3 × forward of student and predictor, 1 × the teacher's."""
-        tokens = self.grid_zyx[0] * self.grid_zyx[1] * self.grid_zyx[2]
-        masked, model, settings = masked_count(self.config.mask.fraction, tokens), self.config.model, self.config.jepa
-        student = encoder_flops(model, tokens - masked) + decoder_flops(
-            model.width, settings.predictor_width, settings.predictor_depth, tokens, masked, model.width
-        )
-        return 3 * student + encoder_flops(model, tokens)
+        """FLOPs of one sample's forward and backward pass (`model_counts.model_flops`)."""
+        return model_flops(self.config, tokens_of(self.config, self.volume_zyx))
 
 
 def weighted_mean(error_BK: Tensor, weight_BK: Tensor) -> Tensor:

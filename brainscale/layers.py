@@ -129,8 +129,3 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-
-
-def block_flops(tokens: int, width: int) -> int:
-    """Forward multiply-adds ×2 of one block on `tokens` tokens: 24·n·d² for the matrices, 4·n²·d for attention."""
-    return 24 * tokens * width**2 + 4 * tokens**2 * width

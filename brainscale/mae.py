@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from brainscale.config import Config
 from brainscale.geometry import Zyx, token_grid, unpatchify
 from brainscale.loader import Batch
-from brainscale.masking import Masks, masked_count
+from brainscale.masking import Masks
+from brainscale.model_counts import model_flops, tokens_of
 from brainscale.ops import patch_gather, patch_statistics, pixel_loss, spectral_loss
 from brainscale.regularizers import full_weight, spectral_form, spectral_weight
-from brainscale.vit import Decoder, Encoder, decoder_flops, encoder_flops
+from brainscale.vit import Decoder, Encoder
 from brainscale_kernels.patch_gather import patch_statistics_reference
 from brainscale_kernels.pixel_loss import VARIANCE_OFFSET
 
@@ -99,15 +100,8 @@ class Mae(nn.Module):
         """Nothing follows an optimizer step in MAE (JEPA moves its teacher here)."""
 
     def flops(self) -> int:
-        """FLOPs of one sample's forward and backward pass (3 × forward; the loss terms are not counted)."""
-        tokens = self.grid_zyx[0] * self.grid_zyx[1] * self.grid_zyx[2]
-        masked = masked_count(self.config.mask.fraction, tokens)
-        z, y, x = self.config.model.patch_voxels_zyx
-        settings = self.config.mae
-        forward = encoder_flops(self.config.model, tokens - masked) + decoder_flops(
-            self.config.model.width, settings.decoder_width, settings.decoder_depth, tokens, masked, z * y * x
-        )
-        return 3 * forward
+        """FLOPs of one sample's forward and backward pass (`model_counts.model_flops`)."""
+        return model_flops(self.config, tokens_of(self.config, self.volume_zyx))
 
 
 def assemble(visible: Tensor, masked: Tensor, masks: Masks, volume_zyx: Zyx, patch_zyx: Zyx) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from brainscale.config import ModelSettings
 from brainscale.geometry import Zyx, token_coordinates
-from brainscale.layers import Trunk, block_flops
+from brainscale.layers import Trunk
 from brainscale.masking import Masks
 
 
@@ -48,15 +48,3 @@ class Decoder(nn.Module):
         ids = torch.cat((masks.visible, masks.masked), dim=1)
         decoded = self.trunk(torch.cat((seen, hidden), dim=1), ids)
         return self.head(decoded[:, masks.visible.shape[1] :])
-
-
-def encoder_flops(settings: ModelSettings, tokens: int) -> int:
-    """Forward FLOPs of one sample with `tokens` tokens."""
-    z, y, x = settings.patch_voxels_zyx
-    return 2 * tokens * z * y * x * settings.width + settings.depth * block_flops(tokens, settings.width)
-
-
-def decoder_flops(encoder_width: int, width: int, depth: int, tokens: int, masked: int, outputs: int) -> int:
-    """Forward FLOPs of one sample: `masked` of `tokens` tokens are predicted."""
-    ends = 2 * (tokens - masked) * encoder_width * width + 2 * masked * width * outputs
-    return ends + depth * block_flops(tokens, width)

@@ -25,8 +25,9 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
-        "dali_source", "dali_loader", "layers", "vit", "regularizers", "mae", "teacher", "jepa",
-        "objective", "optim", "zero", "engine", "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
+        "dali_source", "dali_loader", "layers", "vit", "model_counts", "regularizers", "mae", "teacher", "jepa",
+        "objective", "optim", "zero", "plan_states", "plan_memory", "engine",
+        "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "run_disk", "preflight",
         "step_profile", "run_folder", "restarts", "watch", "holdout", "health", "session", "train", "figures",
         "qc_scans", "qc_figures", "qc", "report_health", "run_doctor", "report", "report_compare", "doctor",
