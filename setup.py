@@ -20,9 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"brainscale": ["*.html"], "brainscale_slurm": ["*.sh"]},
+    package_data={"brainscale": ["*.html"], "brainscale_slurm": ["*.sh", "Dockerfile", "apptainer.def"]},
     entry_points={"console_scripts": ["brainscale = brainscale.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
