@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__, cli_data, cli_runs, cli_slurm
+from brainscale import __version__, cli_data, cli_plan, cli_runs, cli_slurm
 from brainscale.cli_bench import bench
 from brainscale.config import Config
 from brainscale.settings import InputError, load, to_toml
@@ -46,6 +46,7 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
 
 app.command(bench)
 app.command(cli_runs.checkpoint)
+app.command(cli_plan.plan)
 app.command(cli_slurm.submit)
 app.command(cli_slurm.retry)
 for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor, cli_runs.replay):
@@ -176,38 +177,25 @@ def once_more(world: "World") -> str:
 
 
 def dry_run_text(config: Config) -> str:
-    """Parameters, tokens and FLOPs of a config, from a model on the meta device."""
+    """Parameters, tokens and FLOPs of a config, by formula."""
+    from brainscale import model_counts as counts
     from brainscale.geometry import token_grid
-    from brainscale.masking import masked_count
-    from brainscale.objective import on_meta
-    from brainscale.reader import Reader
-    from brainscale.stores import open_stores, store_paths
+    from brainscale.plan import volume_of
 
-    if paths := store_paths(config.data):
-        store = open_stores(paths)
-        volume = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx).volume_zyx
-        origin = paths[0]
-    elif config.data.crop_voxels_zyx is not None:
-        volume, origin = config.data.crop_voxels_zyx, "data.crop_voxels_zyx"
-    else:
-        volume, origin = (
-            (160, 192, 160),
-            "the default plan; give data.store=STORE for the real one",
-        )
-    grid = token_grid(volume, config.model.patch_voxels_zyx)
-    tokens = grid[0] * grid[1] * grid[2]
-    masked = masked_count(config.mask.fraction, tokens)
-    model = on_meta(config, volume)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    followed = sum(p.numel() for p in model.parameters()) - trained
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    flops = model.flops()
+    seen = volume_of(config)
+    tokens, grid = counts.tokens_of(config, seen.shape_zyx), token_grid(seen.shape_zyx, config.model.patch_voxels_zyx)
+    trained, followed, encoder = (
+        sum(sizes)
+        for sizes in (counts.trained_sizes(config), counts.teacher_sizes(config), counts.encoder_sizes(config.model))
+    )
+    flops = counts.model_flops(config, tokens)
     batch, steps = config.train.global_batch_volumes, config.train.num_steps
     return "\n".join(
         (
             to_toml(config),
-            f"volume             {volume} voxels z, y, x (from {origin})",
-            f"tokens             {tokens} = {grid[0]}×{grid[1]}×{grid[2]}; {masked} masked, {tokens - masked} visible",
+            f"volume             {seen.shape_zyx} voxels z, y, x (from {seen.origin})",
+            f"tokens             {tokens.total} = {grid[0]}×{grid[1]}×{grid[2]}; {tokens.masked} masked, "
+            f"{tokens.visible} visible",
             f"parameters         {trained:,} trained, {encoder:,} of them in the encoder"
             + (f"; {followed:,} in the teacher" if followed else ""),
             f"FLOPs per sample   {flops:.3e} forward and backward",

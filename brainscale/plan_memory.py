@@ -16,9 +16,9 @@ from brainscale.plan_states import Part, element_bytes, states
 from brainscale.zero import batch_split
 
 GIB = 2**30
-CONTEXT_BYTES = 1.5 * GIB
-"""A guess: CUDA context and modules (0.5 GiB), NCCL's channels (0.5 to 1 GiB for 8 ranks), cuBLAS and cuFFT workspaces.
-Outside of `torch.cuda.max_memory_allocated`, but for the last two."""
+CONTEXT_BYTES = 2 * GIB
+"""A guess: the driver's share and the CUDA context (1 GiB), NCCL's channels (0.5 to 1 GiB for 8 ranks), work
+spaces of cuBLAS and cuFFT. Outside of `torch.cuda.max_memory_allocated`, but for the last two."""
 SLACK_FRACTION = 0.06
 """A guess: what the caching allocator holds beyond live tensors, since its blocks are rounded up and get fragmented."""
 BATCHES_ON_DEVICE = 3
@@ -131,7 +131,10 @@ def backward_part(config: Config, tokens: Tokens, micro: int, fused: bool) -> Pa
     e, decoder, rope = element_bytes(config), decoder_of(config), config.model.position == "rope"
     inside: float = BACKWARD_ELEMENTS * e * tokens.total * decoder.width
     if config.train.activation_checkpointing:
-        inside += block_bytes(tokens.total, decoder.width, decoder.heads, e, rope, fused)
+        inside += max(
+            block_bytes(tokens.total, decoder.width, decoder.heads, e, rope, fused),
+            block_bytes(tokens.visible, config.model.width, config.model.heads, e, rope, fused),
+        )
     outputs = 2 * e * tokens.masked * decoder.outputs
     return Part("backward pass", micro * max(inside, outputs), "gradients inside the last block, or of the prediction")
 

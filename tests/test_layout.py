@@ -26,7 +26,8 @@ ORDER = [
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
         "dali_source", "dali_loader", "layers", "vit", "model_counts", "regularizers", "mae", "teacher", "jepa",
-        "objective", "optim", "zero", "plan_states", "plan_memory", "engine",
+        "objective", "optim", "zero", "hardware", "plan_states", "plan_memory",
+        "plan_time", "plan", "plan_text", "engine",
         "checkpoint_files", "checkpoint", "nonfinite", "trackers", "metrics",
         "run_disk", "preflight",
         "step_profile", "run_folder", "restarts", "watch", "holdout", "health", "session", "train", "figures",
@@ -35,7 +36,7 @@ ORDER = [
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
-        "cli_data", "cli_bench", "cli_runs", "cli_slurm", "cli",
+        "cli_data", "cli_bench", "cli_runs", "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -97,6 +98,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_data",
         "brainscale.cli_bench",
         "brainscale.cli_runs",
+        "brainscale.cli_plan",
         "brainscale.cli_slurm",
         "brainscale.__main__",
         "brainscale_data_prep.to_zarr",
