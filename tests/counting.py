@@ -41,7 +41,7 @@ def make(config: Config, volume_zyx: Zyx, volumes: int, device: str = "cpu") -> 
     """A model in the type it computes in, and a batch with its masks, on a device; "meta": without memory."""
     with torch.device(device):
         model = OBJECTIVES[config.objective](config, volume_zyx)
-        model = model.bfloat16() if config.train.precision == "bf16" else model
+        model = model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         scale, tokens = torch.ones(volumes), math.prod(model.grid_zyx)
         shape = (volumes, 1, *volume_zyx)
         stored = torch.empty(shape, dtype=torch.int16) if device == "meta" else torch.arange(math.prod(shape)) % 100
