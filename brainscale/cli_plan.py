@@ -40,18 +40,26 @@ def plan(
         Settings of the run (TOML).
     overrides
         Settings as key=value.
-    nodes, gpus_per_node
-        The shape.
+    nodes
+        Machines.
+    gpus_per_node
+        GPUs of each, one rank a GPU.
     gpu
         h100-sxm, h100-pcie, h200, a100-40, a100-80, l40s, b200, v100.
     network
         Between nodes: ib-ndr400, ib-hdr200, ib-hdr100, roce-400, roce-100, ethernet-100, ethernet-25, ethernet-10.
     hardware
         JSON or TOML file with figures of your own: {"gpu": {…}, "network": {…}}, keys as --json prints them.
-    gpu_memory_gib, gpu_tflops, link_gb_per_s
-        Measured in place of the preset's: memory, rate in the run's precision, bus bandwidth in a node (nccl-tests).
-    network_gbps, nics_per_node
-        Line rate of a network port in Gbit/s, and how many a node has.
+    gpu_memory_gib
+        Memory of a GPU, in place of the preset's.
+    gpu_tflops
+        Dense rate of matrices in the run's precision, in place of the preset's.
+    link_gb_per_s
+        Bus bandwidth of a collective within a node, as nccl-tests reports it.
+    network_gbps
+        Line rate of a network port, Gbit/s.
+    nics_per_node
+        Network ports of a node.
     attained
         Share of the GPU's peak that computing attains, 0..1 (default: a guess of 0.40).
     attention
