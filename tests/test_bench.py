@@ -122,6 +122,7 @@ def test_a_scan_that_cannot_be_taken_is_a_line_and_a_source_without_any_an_error
     assert [(line["variant"], "0 bytes" in line["skipped"]) for line in refused] == [("empty.nii", True)]
 
 
+@pytest.mark.slow
 def test_bench_read_writes_whole_lines(tiny_store, tmp_path):
     file = tmp_path / "lines.jsonl"
     done = run_brainscale("bench", "read", tiny_store, "--quick", "--json", file)
@@ -167,6 +168,7 @@ def test_a_smaller_volume_has_a_ratio_below_one():
     assert lines[0]["ratio"] == 0.5 and lines[0]["bytes_per_volume"] == pytest.approx(551 / 3)
 
 
+@pytest.mark.slow
 def test_one_core_is_one_core_in_every_library():
     seen = on_one_core(threads)
     assert seen == {"affinity": 1, "blas": "1"}

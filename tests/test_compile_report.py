@@ -81,16 +81,19 @@ def could_be_wide(row: Row) -> bool:
 # ------------------------------------------------------------------------------------------- promises
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(rows):
     spilling = [(r["name"], r["kernel"]) for r in rows if r["stack_bytes"] or r["spill_stores"] or r["spill_loads"]]
     assert not spilling
 
 
+@pytest.mark.slow
 def test_registers_and_shared_memory_leave_two_blocks_per_sm(rows):
     alone = [(r["name"], r["kernel"], r["registers"], r["shared_bytes"]) for r in rows if r["blocks_per_sm"] < 2]
     assert not alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", WIDE)
 def test_patches_are_read_and_written_16_bytes_at_a_time(kernel, rows):
     read, written = WIDE[kernel]
@@ -101,6 +104,7 @@ def test_patches_are_read_and_written_16_bytes_at_a_time(kernel, rows):
         assert wide_bytes(row, "store_bits") == tile_bytes(row, written), row
 
 
+@pytest.mark.slow
 def test_spectra_of_patches_are_made_by_tensor_cores(rows):
     patches = [row for row in rows if row["kernel"] == "_patch_kernel"]
     assert patches
@@ -111,6 +115,7 @@ def test_spectra_of_patches_are_made_by_tensor_cores(rows):
 # --------------------------------------------------------------------------------------- kept figures
 
 
+@pytest.mark.slow
 def test_figures_are_the_kept_ones(rows):
     kept = read(KEPT)
     versions = {(r["triton"], r["ptxas"]) for r in kept}

@@ -160,6 +160,7 @@ def test_kills_at_random_moments(source, unbroken, tmp_path, workers, tasks):
     assert tree(store) == tree(unbroken[0])
 
 
+@pytest.mark.slow
 def test_two_tasks_at_once_build_one_store(source, unbroken, tmp_path):
     running = [start(source, tmp_path / "store", task=task) for task in ("0/2", "1/2")]
     for process in running:
@@ -168,6 +169,7 @@ def test_two_tasks_at_once_build_one_store(source, unbroken, tmp_path):
     assert tree(tmp_path / "store") == tree(unbroken[0])
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_full_disk_stop_with_a_sentence_and_can_be_continued(source, unbroken, tmp_path):
     store = tmp_path / "store"
     full = start(source, store, limit=9000)

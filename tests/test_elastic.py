@@ -73,6 +73,7 @@ SAME = [(1, 1, "fp32"), (2, 3, "fp32"), (2, 1, "bf16")]
 ALL = [(ranks, stage, kind) for ranks in (1, 2) for stage in (0, 1, 2, 3) for kind in ("fp32", "bf16")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "stage", "precision"),
     [pytest.param(*c, marks=() if c in SAME else pytest.mark.slow) for c in ALL if c[1:] != (0, "bf16")],
@@ -89,6 +90,7 @@ def test_the_same_ranks_and_stage_give_the_same_bits(ranks, stage, precision, ti
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_the_same_path(ranks, stage, whole, tiny_store, tiny_config, tmp_path):
     """torch.compile of every block, if this machine has a C++ compiler; its checkpoints load without it."""

@@ -54,6 +54,7 @@ def test_losses_and_gradients_of_a_model_are_the_same_through_both(batch, overri
         assert error <= 1e-3, (name, error)
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_curve_through_both(tiny_store, tiny_config, tmp_path):
     curves = {}
     for kernels in ("reference", "triton"):

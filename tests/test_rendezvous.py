@@ -53,6 +53,7 @@ def test_a_port_that_is_taken_is_named(tiny_store, tiny_config, tmp_path):
     assert not (tmp_path / "run" / "exit.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stranger_at_the_port_who_says_nothing_is_no_reason_to_wait_for_ever(tiny_store, tiny_config, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -76,6 +77,7 @@ def test_a_rank_that_does_not_come_is_named(tiny_store, tiny_config, tmp_path):
     assert f"rank 1 of 2 did not come to 127.0.0.1:{port} within 4 s" in said
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_does_not_come_is_named(tiny_store, tiny_config, tmp_path):
     (port,) = free_ports(1)
     (rank,) = start(tiny_config, tiny_store, tmp_path / "run", [launcher(port, 1)])

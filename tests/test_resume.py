@@ -16,6 +16,7 @@ from brainscale import faults, metrics
 from brainscale.settings import InputError
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_store, tiny_config, tmp_path):
     """Killed twice, each time as soon as the log has passed a checkpoint; the loss sequence is the same bit for bit."""
     run = tmp_path / "killed"
@@ -44,6 +45,7 @@ def test_kill_9_and_the_same_command_again_equal_an_unbroken_run(unbroken, tiny_
     assert losses(run) == losses(unbroken)
 
 
+@pytest.mark.slow
 def test_what_an_attempt_without_a_checkpoint_left_is_made_again(unbroken, tiny_store, tiny_config, tmp_path):
     run = shutil.copytree(unbroken, tmp_path / "restarted")
     shutil.rmtree(run / "checkpoints")

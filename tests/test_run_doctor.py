@@ -254,6 +254,7 @@ def test_the_command_and_the_page_say_the_same(unbroken):
     assert all(f"<td>{what}</td>" in page for what, _ in found.rows)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_slow_loader_waits_for_data(tiny_store, tiny_config, tmp_path):
     arguments = (f"data.store={tiny_store}", f"run.dir={tmp_path / 'run'}", "log.every_steps=5", "train.num_steps=25")
     quiet = ("checkpoint.every_steps=25", "log.holdout_every_steps=25")
@@ -268,6 +269,7 @@ def test_a_run_with_a_slow_loader_waits_for_data(tiny_store, tiny_config, tmp_pa
     assert sum(share or 0 for share in found.shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_run_with_one_slow_rank_is_told_so(tiny_store, tiny_config, tmp_path):
     arguments = (f"data.store={tiny_store}", f"run.dir={tmp_path / 'run'}", "log.every_steps=5", "train.num_steps=25")
     quiet = ("checkpoint.every_steps=25", "log.holdout_every_steps=25")

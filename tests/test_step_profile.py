@@ -161,6 +161,7 @@ def test_sampling_changes_no_bit_of_a_run(tiny_store, tiny_config, tmp_path):
     assert not any("profile" in line for line in metrics.read(tmp_path / "not" / "metrics.jsonl").values())
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_data_is_communication_to_the_others(tiny_store, tiny_config, tmp_path):
     arguments = (f"data.store={tiny_store}", f"run.dir={tmp_path / 'run'}", "log.every_steps=5", "train.num_steps=25")
     run_ranks("pretrain", tiny_config, *arguments, ranks=2, faults="step.data:slow@rank=1", logs=tmp_path / "logs")

@@ -99,6 +99,7 @@ def test_every_voxel_keeps_its_place_through_conversion_and_export(tmp_path):
             np.testing.assert_allclose(image.get_qform(), image.affine, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_exported_intensities_are_in_the_original_unit(bids, converted, tmp_path):
     store = stores.open_store(converted)
     run_brainscale("export-nifti", converted, 0, tmp_path / "a.nii.gz")
@@ -247,6 +248,7 @@ def test_a_plan_of_scans_that_are_all_refused_says_so(bids, tmp_path):
 # --------------------------------------------------------------------------------------------- names
 
 
+@pytest.mark.slow
 def test_hashed_names_appear_nowhere_in_the_store(bids, tmp_path):
     store, key = tmp_path / "store", tmp_path / "store.key"
     arguments = [bids, store, *OPTIONS, "--workers", 1, "--hash-ids"]
@@ -316,6 +318,7 @@ def refused_by(main, arguments):
     return left.value.code, output.getvalue()
 
 
+@pytest.mark.slow
 def test_tasks_of_an_array_build_one_store_with_its_page(bids, converted, tmp_path):
     """slurm/to_zarr.sh run as an array of three would, the tasks at once."""
     store = tmp_path / "store"

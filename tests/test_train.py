@@ -56,6 +56,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tiny_store, tiny_config
     assert (run / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_damage_that_one_rank_meets_is_named(tiny_config, tmp_path):
     """A bit flipped in a volume that only rank 1 reads: its file is named in the output and in exit.json."""
     broken = write_tiny_store(tmp_path / "store", plan=Plan(grid_voxels_xyz=(16, 24, 16), shard_volumes=1))

@@ -28,7 +28,7 @@ def assert_named(run: Path, survivor: Rank, victim: int, *words: str) -> None:
     assert "most recent call" in stacks and "train.py" in stacks
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_other_in_seconds(victim, tiny_store, tiny_config, tmp_path):
     run = tmp_path / "run"
     ranks = started(tiny_store, tiny_config, run, "")
@@ -42,6 +42,7 @@ def test_a_killed_rank_ends_the_other_in_seconds(victim, tiny_store, tiny_config
     assert_named(run, ranks[1 - victim], victim, "is dead or stopped", f"pid {ranks[victim].pid}", "last in step")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_ends_the_other_within_the_timeout(victim, tiny_store, tiny_config, tmp_path):
     """SIGSTOP, which is how a node looks that no longer answers: no connection breaks."""
@@ -82,6 +83,7 @@ def test_ranks_wait_for_an_evaluation_longer_than_the_timeout_of_a_step(tiny_sto
     finish(start_function(partial(evaluate_slowly, arguments, 6.0), ranks=2, logs=tmp_path / "logs"), code=0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_by_all_and_shows_where(tiny_store, tiny_config, tmp_path):
     """It is alive and answers, but does not go on: its own stacks show the line."""
     run = tmp_path / "run"
