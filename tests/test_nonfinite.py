@@ -45,7 +45,8 @@ def test_the_loss_is_differentiated_as_it_is_or_not_at_all():
 
 CASES = [(2, 1, ""), (1, 0, "")]
 OTHERS = [
-    (2, 3, ""), (2, 0, ""), (2, 2, ""), (1, 1, ""), (2, 2, "bf16"), (2, 3, "bf16"), (2, 2, "offload"), (2, 3, "offload"),
+    (2, 3, ""),
+    (2, 0, ""), (2, 2, ""), (1, 1, ""), (2, 2, "bf16"), (2, 3, "bf16"), (2, 2, "offload"), (2, 3, "offload"),
     (2, 2, "bf16 offload"), (1, 1, "bf16 offload"), (1, 3, "bf16 offload"),
 ]  # fmt: skip
 

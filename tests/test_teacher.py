@@ -69,7 +69,8 @@ def follow(config_path: Path, overrides: tuple[str, ...], folder: Path, steps: i
 
 QUICK = [(1, 2, BF16)]
 OTHERS = [
-    (3, 3, BF16), (1, 1, ()), (2, 3, ()), (0, 1, ()), (0, 2, ()), (1, 1, BF16), (1, 2, ()), (2, 2, ()), (3, 2, ()), (2, 2, BF16),
+    (3, 3, BF16),
+    (1, 1, ()), (2, 3, ()), (0, 1, ()), (0, 2, ()), (1, 1, BF16), (1, 2, ()), (2, 2, ()), (3, 2, ()), (2, 2, BF16),
     (3, 2, BF16), (2, 2, (*BF16, "zero.offload_optimizer=true")), (1, 2, (*BF16, "train.micro_batch_volumes=2")),
 ]  # fmt: skip
 
