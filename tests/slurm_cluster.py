@@ -1,7 +1,7 @@
 """A real Slurm on one machine, as root and without systemd: munged, slurmctld and several slurmd, all on loopback.
 
 Debian's build has MULTIPLE_SLURMD, so nodes are processes here; they share the host's name, and are told apart by
-SLURMD_NODENAME. Everything lies in a folder of its own and goes with it, but for the nodes' names in /etc/hosts.
+SLURMD_NODENAME. Everything lies in a folder of its own and goes with it, as do the nodes' names in /etc/hosts.
 """
 
 import json
@@ -20,11 +20,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NODES = ("bs-n1", "bs-n2", "bs-n3")
+NODES = tuple(f"bs-{os.getpid()}-n{number}" for number in (1, 2, 3))
+"""Other than those of a cluster that another worker of pytest has up."""
 GPUS = 2
+HOSTS = Path("/etc/hosts")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
@@ -227,11 +230,8 @@ def running() -> Iterator[Cluster]:
     """A cluster while the block lasts; skips the test where there can be none."""
     if reason := why_not():
         pytest.skip(reason)
-    hosts = Path("/etc/hosts")
-    for node in NODES:
-        if subprocess.run(["getent", "hosts", node], capture_output=True).returncode:
-            with hosts.open("a") as file:
-                file.write(f"127.0.0.1 {node}\n")
+    names = f"127.0.0.1 {' '.join(NODES)}\n"
+    edit_hosts(lambda text: text + names)
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     try:
         cluster.start()
@@ -241,6 +241,13 @@ def running() -> Iterator[Cluster]:
         for pid in left_behind(cluster.home):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(cluster.home)
+        edit_hosts(lambda text: text.replace(names, ""))
+
+
+def edit_hosts(change: Callable[[str], str]) -> None:
+    """Change /etc/hosts in place (in a container it cannot be replaced), one process at a time."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / "brainscale-hosts.lock"):
+        HOSTS.write_text(change(HOSTS.read_text()))
 
 
 def left_behind(home: Path) -> list[int]:

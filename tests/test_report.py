@@ -258,6 +258,16 @@ def test_an_exit_record_of_an_earlier_process_is_not_this_one(quick_run_dir):
     assert "no end recorded: still running, or killed" in text_of(written(quick_run_dir))
 
 
+def test_a_run_that_slurm_will_continue_is_not_called_done(run_dir):
+    told = "stopped by SIGUSR1 after step 60 of 100, which is saved; job 7 is queued again"
+    record = {"code": 0, "sentence": told, "utc": "2026-01-01T10:05:00+00:00"}
+    (run_dir / "exit.json").write_text(json.dumps(record))
+    config = (run_dir / "config.toml").read_text()
+    assert "num_steps = 60" in config
+    (run_dir / "config.toml").write_text(config.replace("num_steps = 60", "num_steps = 100"))
+    assert f"state {told}" in text_of(written(run_dir))
+
+
 def test_a_torn_line_is_left_out_and_a_later_line_replaces_keys(tmp_path):
     file = tmp_path / "metrics.jsonl"
     later = '{"step": 2, "loss": 2.0, "mfu": null}'

@@ -79,7 +79,7 @@ def test_five_preemptions_in_a_row_leave_no_trace(cluster, tiny_store, tiny_conf
     assert json.loads(read(run / "exit.json"))["code"] == 0
 
 
-@pytest.mark.parametrize("number", ["USR2", "TERM"])
+@pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
 def test_a_job_of_submitit_goes_on_as_well(cluster, tiny_store, tiny_config, tmp_path, number):
     """USR2 is what submitit asks Slurm to send; TERM is ignored by its own handler, and not by ours."""
     run, plain = tmp_path / "run", tmp_path / "plain"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses, run_brainscale
-from slurm_cluster import until
+from slurm_cluster import NODES, until
 
 pytestmark = pytest.mark.slow
 SCRIPTS = ("pretrain_mae.sh", "pretrain_jepa.sh", "to_zarr.sh")
@@ -107,7 +107,7 @@ def test_each_of_four_tasks_on_two_nodes_sees_a_gpu_of_its_own(cluster):
     ask = ("srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
     told = cluster.run(*ask, "--gpus-per-task=1", sys.executable, "-c", code)
     seen = sorted(line.split() for line in told.splitlines())
-    assert seen == [[node, local, local] for node in ("bs-n1", "bs-n2") for local in ("0", "1")], told
+    assert seen == [[node, local, local] for node in NODES[:2] for local in ("0", "1")], told
 
 
 def test_four_tasks_on_two_nodes_train(cluster, tiny_store, tiny_config, tmp_path):
