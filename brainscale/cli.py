@@ -100,13 +100,13 @@ def pretrain(
         alone = isinstance(error, StoreDamage | rendezvous.NotJoined)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
-    except train.LostRank as error:
+    except stopping.LostRank as error:
         code, sentence, alone, again, lost_nodes = 5, str(error), True, bool(error.nodes), error.nodes
-    except train.NoData as error:
+    except stopping.NoData as error:
         code, sentence, alone, again = 5, str(error), True, True
-    except (train.TrainingStopped, FloatingPointError) as error:
+    except (stopping.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
-    except train.StoppedEarly as error:
+    except stopping.StoppedEarly as error:
         told = once_more(world) if error.goes_on else ""
         code, sentence = 0 if told else 75, f"{error}; {told or 'the same command continues'}"
     except BaseException as error:

@@ -24,6 +24,32 @@ STARTED_S = time.monotonic()
 """When this process began."""
 
 
+class TrainingStopped(RuntimeError):
+    """The run stopped itself (exit code 5); the message says why."""
+
+
+class LostRank(TrainingStopped):
+    """Another rank is dead, stopped or failed; the message names it. nodes: where ranks are dead or stopped."""
+
+    def __init__(self, sentence: str, nodes: list[str]) -> None:
+        super().__init__(sentence)
+        self.nodes = nodes
+
+
+class NoData(TrainingStopped):
+    """This rank gets no batches any more: a process that reads is dead, or the disk hangs; the message says which
+    samples were waited for."""
+
+
+class StoppedEarly(RuntimeError):
+    """The run was asked to stop, or its disk is full (exit code 75); the same command continues it. goes_on: a Slurm
+    job should do so by itself."""
+
+    def __init__(self, sentence: str, goes_on: bool = False) -> None:
+        super().__init__(sentence)
+        self.goes_on = goes_on
+
+
 class Stop:
     """Keeps the first of SIGNALS that this process gets. A second Ctrl-C ends it at once, but not a rank of many: they
     get every signal twice, from the terminal or Slurm and from torchrun."""

@@ -34,36 +34,11 @@ from brainscale.preflight import check
 from brainscale.schedules import due, learning_rate
 from brainscale.session import Session, prepare
 from brainscale.settings import InputError
+from brainscale.stopping import LostRank, NoData, StoppedEarly, TrainingStopped
 from brainscale.watch import Watch
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_SAMPLED: AbstractContextManager[dict[str, float]] = nullcontext({})
-
-
-class TrainingStopped(RuntimeError):
-    """The run stopped itself (exit code 5); the message says why."""
-
-
-class LostRank(TrainingStopped):
-    """Another rank is dead, stopped or failed; the message names it. nodes: where ranks are dead or stopped."""
-
-    def __init__(self, sentence: str, nodes: list[str]) -> None:
-        super().__init__(sentence)
-        self.nodes = nodes
-
-
-class NoData(TrainingStopped):
-    """This rank gets no batches any more: a process that reads is dead, or the disk hangs; the message says which
-    samples were waited for."""
-
-
-class StoppedEarly(RuntimeError):
-    """The run was asked to stop, or its disk is full (exit code 75); the same command continues it. goes_on: a Slurm
-    job should do so by itself."""
-
-    def __init__(self, sentence: str, goes_on: bool = False) -> None:
-        super().__init__(sentence)
-        self.goes_on = goes_on
 
 
 def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_change: tuple[str, ...] = ()) -> None:
