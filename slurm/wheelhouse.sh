@@ -18,7 +18,7 @@ install  On the cluster: compares every file with SHA256SUMS, then installs into
 --glibc 2.N      the cluster's glibc, as `ldd --version` says there (2.28; older ones lack wheels)
 
 Make the folder on Linux with the cluster's processor type. Where pip finds them, torch and what it needs for CUDA are included
-(about 4 GB).
+(about 3 GB, and 7 GB when installed).
 
 example: slurm/wheelhouse.sh make wheels --python python3.12        # then copy wheels/ and the checkout to the cluster
          slurm/wheelhouse.sh install wheels .venv
