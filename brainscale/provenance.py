@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import uuid
 from importlib.metadata import version
@@ -23,7 +24,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Commit of the checkout this package is imported from; "" outside one."""
+    """Commit of the checkout this package is imported from; "" outside one, and where there is no git (a container)."""
+    if shutil.which("git") is None:
+        return ""
     folder = str(Path(__file__).parent)
     done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
