@@ -180,3 +180,17 @@ def until(condition, rank, timeout_s=60):
     while not condition():
         assert rank.process.is_alive() and time.monotonic() < deadline, rank.text
         time.sleep(0.02)
+
+
+def test_a_signal_that_comes_before_anything_is_imported_is_not_lost(tmp_path):
+    """The first package that is imported finds it blocked, and sees it come."""
+    (tmp_path / "cyclopts.py").write_text(
+        "import os, signal\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "print(signal.sigwait([signal.SIGUSR1]).name, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    command = [sys.executable, "-m", "brainscale", "pretrain", "config.toml"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "SIGUSR1\n"), done.stderr
