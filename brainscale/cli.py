@@ -107,7 +107,7 @@ def pretrain(
     except (stopping.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
     except stopping.StoppedEarly as error:
-        told = once_more(world) if error.goes_on else ""
+        told, again = once_more(world) if error.goes_on else ("", False)
         code, sentence = 0 if told else 75, f"{error}; {told or 'the same command continues'}"
     except BaseException as error:
         alone = True
@@ -162,18 +162,19 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
     print(qc.write(run_or_store) if is_store else write(run_or_store))
 
 
-def once_more(world: "World") -> str:
-    """Collective: have the Slurm job queued again by rank 0, unless that has happened; the sentence to say, or "" where
-    that is not done, and rank 0 says why within a Slurm job."""
+def once_more(world: "World") -> tuple[str, bool]:
+    """Collective: have the Slurm job queued again by rank 0, unless that has happened. Returns the sentence to say, or
+    "" where that is not done (rank 0 says why within a Slurm job), and whether the job's script should ask again."""
     from brainscale import distributed, slurm_job
 
-    told = ""
+    told, again = "", False
     if world.is_first and slurm_job.job_id():
         try:
             told = slurm_job.requeue()
         except slurm_job.NotRequeued as why:
+            again = isinstance(why, slurm_job.NoAnswer)
             print(f"not queued again: {why}", file=sys.stderr)
-    return distributed.broadcast(told, world)
+    return distributed.broadcast((told, again), world)
 
 
 def dry_run_text(config: Config) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 from brainscale.config import Config
 from brainscale.settings import InputError, load
 
+TIMES_ASKED, PAUSE_S = 20, 30.0
+"""How patient `retry` is with a Slurm that does not answer, being restarted for example."""
+
 
 def submit(
     config: Path,
@@ -67,6 +70,7 @@ def submit(
         Run here and now, without Slurm, one after the other.
     """
     import json
+    import time
 
     from brainscale_slurm.submit import Resources, run_here, script, sweep
     from brainscale_slurm.submit import submit as hand_in
@@ -86,9 +90,10 @@ def submit(
         if dry_run:
             print(f"# {job.run_dir}\n{script(job, resources)}")
         elif local:
+            since_s, ended = time.time(), job.run_dir / "exit.json"
             logs = run_here(job, resources)
-            ended = job.run_dir / "exit.json"
-            record = json.loads(ended.read_text()) if ended.is_file() else {}
+            new = ended.is_file() and ended.stat().st_mtime >= since_s
+            record = json.loads(ended.read_text()) if new else {}
             code, sentence = int(record.get("code", 1)), record.get("sentence", "did not begin")
             print(f"{job.run_dir}: {sentence} (exit {code}); log: {logs[0]}")
             worst = max(worst, code)
@@ -97,7 +102,9 @@ def submit(
     sys.exit(worst)
 
 
-def retry(code: int, config: Path, /, *overrides: str, allow_change: tuple[str, ...] = ()) -> None:
+def retry(
+    code: int, config: Path, /, *overrides: str, allow_change: tuple[str, ...] = (), dry_run: bool = False
+) -> None:
     """Have the Slurm job that this runs in queued again, if its tasks failed in a way that another start may mend.
 
     The last line of a job's script, see slurm/pretrain_mae.sh. A rank or node that was lost, and an error after
@@ -116,24 +123,42 @@ def retry(code: int, config: Path, /, *overrides: str, allow_change: tuple[str, 
         The same as those of the pretraining.
     allow_change
         Taken, since the pretraining may have it, and without effect.
+    dry_run
+        The same.
     """
     import signal
+    import time
 
     from brainscale import restarts, slurm_job
 
     if code == 0 or slurm_job.job_id() is None:
         sys.exit(code)
-    settings = load(Config, config, overrides)
+    try:
+        settings = load(Config, config, overrides)
+    except InputError as error:
+        print(f"not queued again: {error}", file=sys.stderr)
+        sys.exit(code)
     run_dir = Path(settings.run.dir or f"runs/{config.stem}")
     again, sentence, nodes = restarts.verdict(run_dir, code, settings.health.max_restarts_without_progress)
     if not again:
-        print(f"not queued again: {sentence or 'another start would end alike'}", file=sys.stderr)
+        if sentence:
+            print(f"not queued again: {sentence}", file=sys.stderr)
         sys.exit(code)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends the script when the job is queued again
+    told = ""
+    for left in reversed(range(TIMES_ASKED)):
+        try:
+            told = slurm_job.requeue()
+            break
+        except slurm_job.NotRequeued as error:
+            if left == 0 or not isinstance(error, slurm_job.NoAnswer):
+                print(f"not queued again: {error}", file=sys.stderr)
+                sys.exit(code)
+            print(f"{error}; asked again in {PAUSE_S:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(PAUSE_S)
+    print(f"{told}, since {sentence}", file=sys.stderr, flush=True)
     try:
-        print(f"{slurm_job.requeue()}, since {sentence}", file=sys.stderr, flush=True)
         if nodes and slurm_job.exclude(nodes):
             print(f"it stays away from {', '.join(nodes)}, where ranks were lost twice", file=sys.stderr, flush=True)
-    except (slurm_job.NotRequeued, *slurm_job.ERRORS) as error:
-        print(f"not queued again: {error}", file=sys.stderr)
-        sys.exit(code)
+    except slurm_job.ERRORS as error:
+        print(f"it may come to {', '.join(nodes)} again, where ranks were lost twice ({error})", file=sys.stderr)

@@ -69,16 +69,17 @@ def find() -> World:
     elif any(name in env for name in SLURM_STEP if name.startswith("SLURM_STEP")):
         _require(SLURM_STEP, "srun")
         launcher = "slurm"
-        port = _port(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"]))
+        port = int(env.get("MASTER_PORT") or _port(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"])))
         try:
             first = slurm_job.nodes(env["SLURM_STEP_NODELIST"])[0]
         except slurm_job.ERRORS as error:
             raise InputError(f"Slurm does not say which nodes {env['SLURM_STEP_NODELIST']} are ({error})") from None
         _set(env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"], first, port)
-    elif int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif max(int(env.get(name, "1")) for name in ("SLURM_NTASKS", "SLURM_NNODES")) > 1:
         raise InputError(
-            f"this Slurm job has {env['SLURM_NTASKS']} tasks, but this process was not started by srun, so it would "
-            "train alone; start it with srun or torchrun, or unset SLURM_NTASKS to run a single process"
+            f"this Slurm job has {env.get('SLURM_NNODES', '1')} nodes and {env.get('SLURM_NTASKS', 'as many')} tasks, "
+            "but this process was not started by srun, so it would train alone; start it with srun or torchrun, or "
+            "unset SLURM_NTASKS and SLURM_NNODES to run a single process"
         )
     else:
         launcher = "single"

@@ -8,16 +8,21 @@ settings, damage, collapse, an error before anything was saved are not, since th
 """
 
 import json
+import signal
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import filelock
 
 from brainscale import checkpoint_files, run_folder, slurm_job
 from brainscale.distributed import World, broadcast
 from brainscale.provenance import write_text
 
 STARTS = "starts.jsonl"
+EARLY_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+"""What ends a task that does not look at signals yet."""
 LOST_TWICE = 2
 """Times that ranks were lost on a node until a job stays away from it: the first may have been chance."""
 
@@ -40,10 +45,10 @@ def begin(run_dir: Path, most: int, world: World) -> str:
         ended = _record(run_dir)
         (run_dir / "exit.json").unlink(missing_ok=True)
         if job := slurm_job.job_id():
-            step, starts = newest_step(run_dir), read(run_dir)
-            fruitless = fruitless_starts(starts, job, step)
-            before = ended.get("sentence", "killed without a word") if starts and starts[-1]["job"] == job else ""
-            _note(run_dir, starts, job, step, before, ended.get("lost_nodes", []))
+            step, mine = newest_step(run_dir), _of(job, read(run_dir))
+            fruitless = fruitless_starts(mine, step)
+            before = ended.get("sentence", "killed without a word") if mine else ""
+            _note(run_dir, job, step, before, ended.get("lost_nodes", []) if mine else [])
             if fruitless > most:
                 hopeless = _hopeless(job, fruitless, step, before)
     return broadcast(hopeless, world)
@@ -52,39 +57,39 @@ def begin(run_dir: Path, most: int, world: World) -> str:
 def verdict(run_dir: Path, code: int, most: int) -> Verdict:
     """What to do about a job whose tasks ended with `code`. most: as in `begin`.
 
-    Writes exit.json where the run ended without it or is given up.
+    Writes exit.json where the run ended without it or is given up; nothing while another process holds the run folder.
     """
-    job, starts, record = slurm_job.job_id(), read(run_dir), _record(run_dir)
-    step, told = newest_step(run_dir), record.get("sentence", "")
-    cause = record.get("code", code)
-    if job is None or not any(start["job"] == job for start in starts):
-        return Verdict(False, "the run did not begin", [])
-    if (starts[-1]["job"], starts[-1]["restart"]) != (
-        job,
-        slurm_job.restarts(),
-    ):  # it has begun before, so this is no mistake in its settings
-        starts = _note(run_dir, starts, job, step, told, record.get("lost_nodes", []))
+    job = slurm_job.job_id()
+    mine = _of(job, read(run_dir))
+    if job is None or not mine:
+        early = code - 128 in EARLY_SIGNALS and slurm_job.restarts() <= most
+        return Verdict(early, "a signal came before the run began" if early else "the run did not begin", [])
+    if _held(run_dir):
+        return Verdict(False, f"another process holds {run_dir}", [])
+    step, record = newest_step(run_dir), _record(run_dir)
+    told = record.get("sentence", f"its processes were killed (srun ended with {code})")
+    if mine[-1]["restart"] != slurm_job.restarts():  # it has begun before, so this is no mistake in its settings
+        mine = _of(job, _note(run_dir, job, step, told, record.get("lost_nodes", [])))
         record, told = {}, f"it did not begin again (srun ended with {code})"
-    if record and not record["again"] and not (cause == 1 and step > starts[-1]["step"]):
-        return Verdict(False, "", [])
-    told = told or f"its processes were killed (srun ended with {code})"
-    fruitless = fruitless_starts(starts, job, step)
+    after_a_save = record.get("code") == 1 and step > mine[-1]["step"]
+    if record and not record.get("again") and not after_a_save:
+        return Verdict(False, "" if record["code"] in (0, 75) else "another start would end alike", [])
+    fruitless = fruitless_starts(mine, step)
     if fruitless > most:
         told = _hopeless(job, fruitless, step, told)
         run_folder.write_record(run_dir, 5, told)
         return Verdict(False, told, [])
     if not record:
         run_folder.write_record(run_dir, code, told)
-    lost = Counter(name for one in starts if one["job"] == job for name in one["lost_nodes"])
-    lost.update(record.get("lost_nodes", []))
+    lost = Counter(name for start in (*mine, record) for name in start.get("lost_nodes", []))
     return Verdict(True, told, sorted(name for name, count in lost.items() if count >= LOST_TWICE))
 
 
-def fruitless_starts(starts: list[dict[str, Any]], job: str, step: int) -> int:
-    """How many of the newest starts are of this job and at this step: what began there saved nothing new."""
+def fruitless_starts(mine: list[dict[str, Any]], step: int) -> int:
+    """How many of a job's newest starts are at this step: what began there saved nothing new."""
     count = 0
-    for start in reversed(starts):
-        if (start["job"], start["step"]) != (job, step):
+    for start in reversed(mine):
+        if start["step"] != step:
             break
         count += 1
     return count
@@ -102,12 +107,23 @@ def newest_step(run_dir: Path) -> int:
     return checkpoint_files.step_of(found[-1]) if found else 0
 
 
-def _note(
-    run_dir: Path, starts: list[dict[str, Any]], job: str, step: int, before: str, lost_nodes: list[str]
-) -> list[dict[str, Any]]:
+def _of(job: str | None, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [start for start in starts if start["job"] == job]
+
+
+def _held(run_dir: Path) -> bool:
+    """Whether a process trains in a run folder."""
+    try:
+        with filelock.FileLock(run_dir / ".lock", timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _note(run_dir: Path, job: str, step: int, before: str, lost_nodes: list[str]) -> list[dict[str, Any]]:
     """Write a line for this life; returns all lines."""
     start = {"job": job, "restart": slurm_job.restarts(), "step": step, "node": slurm_job.node()}
-    lines = [*starts, {"utc": _now(), **start, "before": before, "lost_nodes": lost_nodes}]
+    lines = [*read(run_dir), {"utc": _now(), **start, "before": before, "lost_nodes": lost_nodes}]
     write_text(run_dir / STARTS, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 

@@ -21,6 +21,10 @@ class NotRequeued(RuntimeError):
     """The job is not queued again; the message says why."""
 
 
+class NoAnswer(NotRequeued):
+    """Since Slurm could not be asked: it may be, later on."""
+
+
 def job_id() -> str | None:
     """Of the job (for an element of an array its own number); None outside of Slurm."""
     return os.environ.get("SLURM_JOB_ID")
@@ -36,7 +40,7 @@ def requeue() -> str:
     all have saved: Slurm ends what still runs within its KillWait.
 
     Raises NotRequeued where it cannot or should not be: outside of a batch job, when it was cancelled, when it was
-    submitted with --no-requeue, when Slurm cannot be asked.
+    submitted with --no-requeue; NoAnswer when Slurm cannot be asked.
     """
     job = job_id()
     if job is None:
@@ -54,7 +58,7 @@ def requeue() -> str:
             raise NotRequeued(f"job {job} was submitted with --no-requeue")
         _ask("scontrol", "requeue", job)
     except ERRORS as error:
-        raise NotRequeued(f"Slurm could not be asked to ({_said(error)})") from error
+        raise NoAnswer(f"Slurm could not be asked to ({_said(error)})") from error
     return f"job {job} is queued again"
 
 

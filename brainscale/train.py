@@ -142,6 +142,10 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
                 writer.write(line)
             voice.step(line)
 
+        first_of_all = bool(why) and not last and not gives_up  # who was told to stop has little time
+        if first_of_all:
+            state = keep(session, saver, replace(state, meter=meter.total()), True, clock, watch)
+
         if session.holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
             since = time.monotonic()
             with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
@@ -153,12 +157,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
                 collapse = examine(session, probe, monitor, state.step, writer)
             ends = ends or bool(collapse)
 
-        if (planned or ends) and not gives_up:
-            if writer is not None:
-                session.coverage.save(run_dir / "masks.npz", session.grid_zyx)
-            state = replace(state, meter=meter.total())
-            with clock.span("checkpoint_s"), watch.patience(state.step, "save", config.health.first_timeout_s):
-                save(saver, state, ends)
+        if (planned or ends) and not gives_up and not first_of_all:
+            state = keep(session, saver, replace(state, meter=meter.total()), ends, clock, watch)
         if ends:
             break
 
@@ -227,6 +227,17 @@ def wish(
     if saver.failed():
         return stopping.SAVE_FAILED
     return stop.number or deadline.reached(step_s, saver.copy_s + saver.write_s, evaluate_s)
+
+
+def keep(
+    session: Session, saver: checkpoint.Saver, state: TrainState, wait_for_it: bool, clock: metrics.Clock, watch: Watch
+) -> TrainState:
+    """Collective: save a state and what belongs to it; returns the state."""
+    if session.world.is_first:
+        session.coverage.save(session.run_dir / "masks.npz", session.grid_zyx)
+    with clock.span("checkpoint_s"), watch.patience(state.step, "save", session.config.health.first_timeout_s):
+        save(saver, state, wait_for_it)
+    return state
 
 
 def save(saver: checkpoint.Saver, state: TrainState | None, wait_for_it: bool) -> None:

@@ -92,7 +92,7 @@ def sweep(config: Path, overrides: Sequence[str], options: Sequence[str] = ()) -
     swept = [key for key, values in zip(keys, choices) if len(values) > 1]
     if "run.dir" in swept:
         raise InputError("run.dir is swept over; give one folder: each run of a sweep gets its own in it")
-    jobs = []
+    jobs: list[Job] = []
     for values in itertools.product(*choices):
         chosen = [
             f"{key}={value}" if "=" in override else override for key, value, override in zip(keys, values, overrides)
@@ -103,6 +103,8 @@ def sweep(config: Path, overrides: Sequence[str], options: Sequence[str] = ()) -
             name = ",".join(one for key, one in zip(keys, chosen) if key in swept).replace("/", "_")
             run_dir = run_dir / name
         others = [one for key, one in zip(keys, chosen) if key != "run.dir"]
+        if any(run_dir == job.run_dir for job in jobs):
+            raise InputError(f"two runs of the sweep would write {run_dir}; give each value once")
         jobs.append(Job(name, [str(config), *others, f"run.dir={run_dir}", *options], run_dir))
     return jobs
 
@@ -166,7 +168,7 @@ def _executor(job: Job, resources: Resources) -> Executor:
     further = dict(_pair(option) for option in resources.sbatch)
     executor.update_parameters(
         job_name=job.name, nodes=resources.nodes, ntasks_per_node=resources.tasks_per_node,
-        cpus_per_task=resources.cpus_per_task, time=round(resources.time_hours * 60),
+        cpus_per_task=resources.cpus_per_task, time=max(1, round(resources.time_hours * 60)),
         signal_delay_s=resources.signal_delay_s, stderr_to_stdout=True, srun_args=["--kill-on-bad-exit=1"],
         setup=[KEEP_SHELL, THREADS, *resources.setup], teardown=[retry],
         additional_parameters={"requeue": True, **further},

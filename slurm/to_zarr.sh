@@ -37,15 +37,23 @@ if [ -z "${SHARDS:-}" ]; then # an array may begin at 1
 fi
 
 # one process with workers of its own, so no srun: the signal is for that process alone, which then ends its workers
-ASKED=no CODE=0
-trap 'ASKED=yes; kill -TERM "$CONVERSION"' TERM
+ASKED=no CODE=0 CONVERSION=
+trap 'ASKED=yes; [ -z "$CONVERSION" ] || kill -TERM "$CONVERSION"' TERM
 "${CONTAINER[@]}" "$PYTHON" data_prep/to_zarr.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" --shard "$TASK/$SHARDS" &
 CONVERSION=$!
 wait "$CONVERSION" || CODE=$?
 if [ "$ASKED" = yes ]; then # the signal broke off the wait
   wait "$CONVERSION" && CODE=0 || CODE=$?
 fi
-if [ "$ASKED" = yes ] && [ "$CODE" = 75 ]; then
-  exec "${CONTAINER[@]}" "$PYTHON" -c 'from brainscale import slurm_job; print(slurm_job.requeue())'
+if [ "$ASKED" = yes ] && { [ "$CODE" = 75 ] || [ "$CODE" = 143 ]; }; then # 143: before it looked at signals
+  "${CONTAINER[@]}" "$PYTHON" - <<'PYTHON' && exit
+import sys
+from brainscale import slurm_job
+try:
+    print(slurm_job.requeue())
+except slurm_job.NotRequeued as why:
+    sys.exit(f"not queued again: {why}")
+PYTHON
+  CODE=75
 fi
 exit "$CODE"

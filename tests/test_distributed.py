@@ -71,7 +71,8 @@ def test_half_an_environment_is_an_error(environment, variables, missing):
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "has 4 tasks, but this process was not started by srun"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "has 1 nodes and 4 tasks, but this process was not started"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}, "has 2 nodes and as many tasks, but this process was not started"),
         ({**TORCHRUN, "RANK": "8"}, "RANK is 8 and WORLD_SIZE 8"),
         ({**TORCHRUN, "RANK": "one"}, "RANK is 'one'"),
         ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT is 0"),

@@ -112,3 +112,47 @@ def test_a_node_that_loses_ranks_twice_is_named(life, tmp_path):
     assert lost("n1", "n2") == []
     life(1, 20)
     assert lost("n2") == ["n2"]
+
+
+def test_a_signal_before_the_run_began_is_tried_again_a_few_times(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restart, code, wanted in ((0, 138, True), (2, 140, True), (2, 143, True), (3, 138, False), (0, 137, False)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert restarts.verdict(tmp_path / "run", code, 2).again == wanted, (restart, code)
+
+
+def test_a_folder_that_another_job_trains_in_is_left_alone(life, tmp_path, monkeypatch):
+    """Job 7 waited to begin again, and job 8 took its place: each is judged by its own lives."""
+    life(0, 10)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    restarts.begin(tmp_path, 2, ALONE)
+    run_folder.write_record(tmp_path, 5, "collapse")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with run_folder.locked(tmp_path, ALONE):
+        assert restarts.verdict(tmp_path, 2, 2) == (False, f"another process holds {tmp_path}", [])
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert not restarts.verdict(tmp_path, 5, 2).again
+
+
+def test_a_stop_that_slurm_did_not_answer_to_is_asked_for_again(life, tmp_path):
+    """By the job's script, which says nothing of one that was answered."""
+    life(0, 10)
+    run_folder.write_record(tmp_path, 75, "stopped by SIGUSR1", again=True)
+    assert restarts.verdict(tmp_path, 75, 2) == (True, "stopped by SIGUSR1", [])
+    run_folder.write_record(tmp_path, 75, "stopped by SIGUSR1")
+    assert restarts.verdict(tmp_path, 75, 2) == (False, "", [])
+
+
+def test_what_happened_to_another_job_is_not_held_against_this_one(life, tmp_path, monkeypatch):
+    life(0, 10)
+    run_folder.write_record(tmp_path, 5, "rank 1 is dead", again=True, lost_nodes=["n2"])
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert restarts.begin(tmp_path, 2, ALONE) == ""
+    assert not (tmp_path / "exit.json").exists()
+    assert restarts.read(tmp_path)[-1]["before"] == ""
+    run_folder.write_record(tmp_path, 5, "rank 1 is dead", again=True, lost_nodes=["n2"])
+    assert restarts.verdict(tmp_path, 5, 9).nodes == []

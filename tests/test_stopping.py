@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from processes import run_ranks, start_ranks
 
 from brainscale import checkpoint_files as files
-from brainscale import slurm_job
+from brainscale import slurm_job, stopping
 
 
 def common(config, store, run):
@@ -82,6 +82,24 @@ def test_the_end_of_a_slurm_job_is_met_in_time(tiny_store, tiny_config, tmp_path
     )  # fmt: skip
     assert done.returncode == 75 and "the time limit" in done.stderr, done.stderr
     assert newest_step(run) == max(losses(run))
+
+
+def test_a_slurm_job_goes_on_after_signals_and_at_its_end_alone():
+    """Not when a person pressed Ctrl-C, set a limit of time, or the disk is full."""
+    assert set(stopping.GOES_ON) == {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, stopping.JOB_ENDS}
+    reasons = {*stopping.SIGNALS, stopping.TIME_IS_UP, stopping.JOB_ENDS, stopping.SAVE_FAILED}
+    assert len(reasons) == 7 and max(reasons) == stopping.SAVE_FAILED, "the largest vote of any rank counts"
+
+
+def test_room_is_left_before_the_end_of_a_job_for_what_a_step_and_a_save_take():
+    """A minute, twice both, and an evaluation; a limit of one's own needs none, and the job's end comes first."""
+    deadline = stopping.Deadline(0.0, time.time() + 100)
+    assert [deadline.reached(*seconds) for seconds in ((0, 0, 0), (5, 5, 10), (5, 20, 0), (0, 0, 50))] == [
+        0, 0, stopping.JOB_ENDS, stopping.JOB_ENDS,
+    ]  # fmt: skip
+    assert stopping.Deadline(1e-9, None).reached(0, 0, 0) == stopping.TIME_IS_UP
+    assert stopping.Deadline(1e-9, time.time()).reached(0, 0, 0) == stopping.JOB_ENDS
+    assert stopping.Deadline(0.0, None).reached(1e9, 1e9, 1e9) == 0
 
 
 def test_a_job_whose_end_slurm_does_not_tell_says_so(monkeypatch):
@@ -161,6 +179,19 @@ def test_a_signal_to_every_process_of_a_torchrun_saves(number, tiny_store, tiny_
     process.wait(120)
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     assert newest_step(run) == max(losses(run))
+
+
+def test_who_is_told_to_stop_saves_before_anything_else_that_is_due(tiny_store, tiny_config, tmp_path):
+    """An evaluation, which may take longer than there is time; the run goes on as one that was not stopped."""
+    run, whole, arguments = tmp_path / "run", tmp_path / "whole", ("log.holdout_every_steps=7", "log.pictures=1")
+    run_ranks(*common(tiny_config, tiny_store, run), *arguments, faults="step.data:term@hit=14", code=75, logs=tmp_path)
+    assert newest_step(run) == 14
+    saved = (files.directory(run / "checkpoints", 14) / files.MANIFEST).stat().st_mtime_ns
+    (evaluated,) = (run / "holdout").glob("step-*14*.npz")
+    assert saved < evaluated.stat().st_mtime_ns
+    for folder in (run, whole):
+        run_ranks(*common(tiny_config, tiny_store, folder), *arguments, logs=tmp_path)
+    assert losses(run) == losses(whole)
 
 
 def test_a_stop_between_two_lines_of_the_log_leaves_no_trace_in_them(tiny_store, tiny_config, tmp_path):

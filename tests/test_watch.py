@@ -11,6 +11,8 @@ import pytest
 from conftest import losses
 from processes import Rank, finish, start_function, start_ranks
 
+from brainscale import slurm_job
+
 
 def started(store, config, run: Path, faults: str, *more: str) -> list[Rank]:
     common = ("pretrain", config, f"data.store={store}", f"run.dir={run}", "train.num_steps=100000", *more)
@@ -21,7 +23,7 @@ def assert_named(run: Path, survivor: Rank, victim: int, *words: str) -> None:
     """exit.json, the output and the stacks all say it in one sentence."""
     told = json.loads((run / "exit.json").read_text())
     stacks = (run / "stacks" / f"rank-{1 - victim:04d}.txt").read_text()
-    assert told["code"] == 5
+    assert told["code"] == 5 and told["again"], "a Slurm job begins again after that"
     for word in (f"rank {victim} (", *words):
         assert word in told["sentence"], told
         assert word in survivor.text
@@ -40,6 +42,7 @@ def test_a_killed_rank_ends_the_other_in_seconds(victim, tiny_store, tiny_config
     assert ranks[1 - victim].wait(60) == 5, ranks[1 - victim].text
     assert time.monotonic() - killed < 10, "the promise is ten seconds"
     assert_named(run, ranks[1 - victim], victim, "is dead or stopped", f"pid {ranks[victim].pid}", "last in step")
+    assert json.loads((run / "exit.json").read_text())["lost_nodes"] == [slurm_job.node()]
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_a_task_without_srun_in_a_job_of_several_says_so(cluster, tiny_store, ti
     out = tmp_path / "out"
     job = cluster.run("sbatch", "--parsable", "--ntasks=2", f"--output={out}", f"--wrap={line}").strip()
     assert cluster.finish(job)["ExitCode"] == "2:0"
-    assert "this Slurm job has 2 tasks, but this process was not started by srun" in out.read_text()
+    assert "2 tasks, but this process was not started by srun" in out.read_text()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
