@@ -94,6 +94,11 @@ def test_jobs_and_steps_beside_each_other_meet_at_different_ports(environment):
     assert len(ports) == 9
 
 
+def test_a_port_that_a_person_gives_is_taken(environment):
+    environment({**SLURM, "MASTER_PORT": "31999"})
+    assert os.environ["MASTER_PORT"] == "31999"
+
+
 def test_slurm_that_cannot_say_its_nodes_is_a_sentence(environment, monkeypatch):
     monkeypatch.setattr(slurm_job, "nodes", lambda compact: slurm_job._ask(sys.executable, "-c", "exit(1)"))
     with pytest.raises(InputError, match=r"Slurm does not say which nodes n\[1-2\] are"):

@@ -84,6 +84,7 @@ def test_without_a_sweep_the_run_folder_is_as_usual(tiny_config):
     [
         (("optim.lr=1e-3,-1",), "optim.lr"),
         (("run.dir=a,b",), "run.dir is swept over"),
+        (("seed=0,0",), "two runs of the sweep would write runs/tiny/seed=0"),
         (("sed=0,1",), "did you mean 'seed'"),
         (("seed",), "key=value"),
     ],
