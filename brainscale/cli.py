@@ -93,7 +93,11 @@ def pretrain(
     code, sentence, ours, alone, again, lost_nodes, told = 0, "done", True, False, False, [], ""
     try:
         rendezvous.join(world, settings.health.first_timeout_s)
-        train.run(settings, run_dir, world, stop, allow_change)
+        try:
+            train.run(settings, run_dir, world, stop, allow_change)
+        except stopping.StoppedEarly as error:  # in here, since a rank may be lost in this as well
+            told, again = once_more(world) if error.goes_on else ("", False)
+            code, sentence = 0 if told else 75, f"{error}; {told or 'the same command continues'}"
     except InputError as error:
         code, sentence = 2, str(error)
         ours = not isinstance(error, run_folder.RunBusy | rendezvous.NotMet)
@@ -106,9 +110,6 @@ def pretrain(
         code, sentence, alone, again = 5, str(error), True, True
     except (stopping.TrainingStopped, FloatingPointError) as error:
         code, sentence = 5, str(error)
-    except stopping.StoppedEarly as error:
-        told, again = once_more(world) if error.goes_on else ("", False)
-        code, sentence = 0 if told else 75, f"{error}; {told or 'the same command continues'}"
     except BaseException as error:
         alone = True
         if isinstance(error, OSError) and error.errno in train.DISK_FULL:

@@ -64,7 +64,7 @@ def find() -> World:
     elif env.get("SUBMITIT_EXECUTOR") == "local":
         _require(SUBMITIT_LOCAL, "submitit")
         launcher = "submitit"
-        port = _port(int(env["SUBMITIT_LOCAL_JOB_ID"]))
+        port = int(env.get("MASTER_PORT") or _port(int(env["SUBMITIT_LOCAL_JOB_ID"])))
         _set(env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"], env["SUBMITIT_LOCAL_LOCALID"], port=port)
     elif any(name in env for name in SLURM_STEP if name.startswith("SLURM_STEP")):
         _require(SLURM_STEP, "srun")

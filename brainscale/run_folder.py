@@ -5,6 +5,7 @@ RUN/run.json          machine, versions, data     RUN/reconstruction.json four e
 RUN/metrics.jsonl     one line per logged step    RUN/report.html         for people
 RUN/checkpoints/      see checkpoint.py           RUN/exit.json           how the last process ended
 RUN/masks.npz         how often each cell was hidden since the last start
+RUN/starts.jsonl      every start within a Slurm job, see restarts.py
 """
 
 import json

@@ -129,7 +129,7 @@ def split(text: str) -> list[str]:
 
 
 def script(job: Job, resources: Resources) -> str:
-    """The sbatch script that `submit` would hand in."""
+    """The sbatch script that `submit` would hand in, by two hooks that submitit has for its plug-ins."""
     executor = _executor(job, resources)
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
@@ -158,7 +158,7 @@ def run_here(job: Job, resources: Resources) -> list[Path]:
     )  # fmt: skip
     started = executor.submit(Command(["pretrain", *job.arguments]))
     started.wait()
-    return [task.paths.stdout for task in started._sub_jobs] or [started.paths.stdout]
+    return [started.task(number).paths.stdout for number in range(resources.tasks_per_node)]
 
 
 def _executor(job: Job, resources: Resources) -> Executor:

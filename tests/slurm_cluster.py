@@ -85,8 +85,9 @@ class Cluster:
     def stop(self) -> None:
         """End all daemons and what jobs left behind."""
         self.run("scancel", "--user", "root", check=False)
-        quiet = lambda: not self.run("squeue", "--noheader", check=False).strip()  # noqa: E731
-        until(quiet, "all jobs to end", self.logs, fail=False)
+        until(
+            lambda: not self.run("squeue", "--noheader", check=False).strip(), "all jobs to end", self.logs, fail=False
+        )
         for daemon in reversed([*self.daemons.values()]):
             daemon.terminate()
             try:
@@ -132,6 +133,15 @@ class Cluster:
             return len(starts) > life and newest > starts[-1]["step"] + 2
 
         until(stepped, f"life {life} of job {job} to train", tell, 120)
+
+    def tasks(self, *words: str) -> list[int]:
+        """Processes of Python in jobs that have all these words in their command."""
+        found = []
+        for pid in left_behind(self.home):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if command[0] == sys.executable and all(any(word in part for part in command) for word in words):
+                found.append(pid)
+        return found
 
     def logs(self) -> str:
         """What the daemons said last."""
@@ -202,6 +212,17 @@ def read(path: Path) -> str:
 def lives(run: Path) -> list[dict[str, Any]]:
     """The starts that a run has noted."""
     return [json.loads(line) for line in read(run / "starts.jsonl").splitlines()]
+
+
+def slow_to_start(path: Path) -> Path:
+    """A Python that, the first time it is to train or convert, does not look at signals and takes for ever."""
+    path.write_text(
+        f'#!/bin/bash\ncase "$*" in *pretrain*|*to_zarr*)\n'
+        f"  if [ ! -e {path}.begun ]; then touch {path}.begun; exec sleep 1000; fi;;\nesac\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 def free_ports(count: int) -> list[int]:

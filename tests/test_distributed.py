@@ -94,8 +94,9 @@ def test_jobs_and_steps_beside_each_other_meet_at_different_ports(environment):
     assert len(ports) == 9
 
 
-def test_a_port_that_a_person_gives_is_taken(environment):
-    environment({**SLURM, "MASTER_PORT": "31999"})
+@pytest.mark.parametrize("variables", [SLURM, LOCAL])
+def test_a_port_that_a_person_gives_is_taken(environment, variables):
+    environment({**variables, "MASTER_PORT": "31999"})
     assert os.environ["MASTER_PORT"] == "31999"
 
 

@@ -1,12 +1,13 @@
 """What is asked of Slurm and made of its answers, which are those of Slurm 22.05; the real one is in tests/slurm."""
 
 import os
+import signal
 import stat
 import time
 
 import pytest
 
-from brainscale import slurm_job
+from brainscale import cli_slurm, restarts, run_folder, slurm_job
 from brainscale.slurm_job import NotRequeued
 
 RUNNING = {"JobState": "RUNNING", "Restarts": "1", "Requeue": "1", "BatchFlag": "1", "Partition": "batch"}
@@ -119,3 +120,43 @@ def test_a_node_has_slurm_s_name(monkeypatch):
     assert slurm_job.node() == "gpu-17"
     monkeypatch.delenv("SLURMD_NODENAME")
     assert slurm_job.node() == os.uname().nodename
+
+
+@pytest.fixture
+def lost(tiny_config, tmp_path):
+    """Asks what is done about a life that ended with 137 since a rank was lost; its exit code."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def retry(code=137):
+        (run / restarts.STARTS).write_text('{"job": "7", "restart": 1, "step": 0, "lost_nodes": []}\n')
+        run_folder.write_record(run, 5, "rank 1 is dead", again=True)
+        with pytest.raises(SystemExit) as left:
+            cli_slurm.retry(code, tiny_config, f"run.dir={run}")
+            raise SystemExit(0)
+        return left.value.code
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield retry
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_lost_rank_has_its_job_queued_again(slurm, lost, capsys):
+    slurm({**shown(), "scontrol requeue 7": (0, "")})
+    assert lost() == 0
+    assert "job 7 is queued again, since rank 1 is dead" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "Slurm ends the script, which has more to do"
+
+
+def test_a_slurm_that_does_not_answer_is_asked_again_and_again(slurm, lost, capsys, monkeypatch):
+    monkeypatch.setattr(cli_slurm, "PAUSE_S", 0.0)
+    slurm({})
+    assert lost() == 137
+    assert len(slurm.calls()) == cli_slurm.TIMES_ASKED
+    assert capsys.readouterr().err.count("asked again in 0 s") == cli_slurm.TIMES_ASKED - 1
+
+
+def test_a_job_that_was_cancelled_ends_with_the_code_of_its_tasks(slurm, lost):
+    slurm(shown(JobState="CANCELLED"))
+    assert lost() == 137
+    assert len(slurm.calls()) == 1

@@ -1,12 +1,14 @@
 """Preempted again and again, a job goes on by itself and ends with the losses of a run that nobody disturbed."""
 
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
 from conftest import losses, run_brainscale
-from slurm_cluster import read, until
+from slurm_cluster import read, slow_to_start, until
 
 pytestmark = pytest.mark.slow
 SLOW = "step.data:slow"
@@ -131,3 +133,36 @@ def test_a_job_that_may_not_be_queued_again_says_so(cluster, tiny_store, tiny_co
     assert json.loads(read(run / "exit.json"))["code"] == 75
     again = cluster.sbatch("pretrain_mae.sh", *arguments, options=options)
     assert cluster.finish(again)["JobState"] == "COMPLETED" and max(losses(run)) == 120, cluster.log(again)
+
+
+@pytest.mark.parametrize("number", ["USR1", "TERM"])
+def test_a_signal_before_python_looks_at_signals_is_no_end(cluster, tiny_store, tiny_config, tmp_path, number):
+    run, python = tmp_path / "run", slow_to_start(tmp_path / "python")
+    arguments = (tiny_config, f"data.store={tiny_store}", f"run.dir={run}")
+    job = cluster.sbatch("pretrain_mae.sh", *arguments, options=("--nodes=1",), PYTHON=str(python))
+    until((tmp_path / "python.begun").exists, "the task", lambda: cluster.log(job))
+    cluster.run("scancel", f"--signal={number}", job)
+    ended = cluster.finish(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", cluster.log(job)
+    assert "a signal came before the run began" in cluster.log(job) and max(losses(run)) == 40
+
+
+def test_a_slurm_that_does_not_answer_when_a_run_has_saved_is_asked_again(cluster, tiny_store, tiny_config, tmp_path):
+    """Its controller is stopped, as while it is restarted: the job's script asks until it goes on."""
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    arguments = (tiny_config, f"data.store={tiny_store}", "train.num_steps=150")
+    options = ("--nodes=1",)
+    job = cluster.sbatch("pretrain_mae.sh", *arguments, f"run.dir={run}", options=options, BRAINSCALE_FAULTS=SLOW)
+    cluster.trains(run, job, 0, lambda: cluster.log(job))
+    controller = cluster.daemons["slurmctld"]
+    controller.send_signal(signal.SIGSTOP)
+    try:
+        (task,) = cluster.tasks("pretrain", str(run))
+        os.kill(task, signal.SIGUSR1)
+        until(lambda: "asked again in" in cluster.log(job), "the script to ask", lambda: cluster.log(job), 200)
+    finally:
+        controller.send_signal(signal.SIGCONT)
+    ended = cluster.finish(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", cluster.log(job)
+    run_brainscale("pretrain", *arguments, f"run.dir={plain}")
+    assert losses(run) == losses(plain)

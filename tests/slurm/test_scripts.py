@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses, run_brainscale
-from slurm_cluster import NODES, until
+from slurm_cluster import NODES, slow_to_start, until
 
 pytestmark = pytest.mark.slow
 SCRIPTS = ("pretrain_mae.sh", "pretrain_jepa.sh", "to_zarr.sh")
@@ -89,6 +89,27 @@ def test_a_conversion_whose_time_ends_is_queued_again_and_goes_on(cluster, tmp_p
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log
     assert f"job {job} is queued again" in log
     assert contents(built) == contents(plain)
+
+
+def test_a_conversion_that_is_signalled_before_it_looks_is_queued_again(cluster, tmp_path):
+    source, built, python = tmp_path / "bids", tmp_path / "built", slow_to_start(tmp_path / "python")
+    run_brainscale("phantom", source, "--subjects", "2", "--seed", "0", "--spacing-mm", "4")
+    plan = ("spacing_mm_xyz=[4,4,4]", "grid_voxels_xyz=[48,56,48]")
+    job = cluster.sbatch("to_zarr.sh", source, built, *plan, PYTHON=str(python))
+    until((tmp_path / "python.begun").exists, "the task", lambda: cluster.log(job))
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    ended = cluster.finish(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", cluster.log(job)
+    assert (built / "COMPLETE.json").is_file()
+
+
+def test_a_conversion_that_may_not_be_queued_again_says_so(cluster, tmp_path):
+    source, built, python = tmp_path / "bids", tmp_path / "built", slow_to_start(tmp_path / "python")
+    job = cluster.sbatch("to_zarr.sh", source, built, options=("--no-requeue",), PYTHON=str(python))
+    until((tmp_path / "python.begun").exists, "the task", lambda: cluster.log(job))
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    assert cluster.finish(job)["ExitCode"] == "75:0"
+    assert "not queued again: job" in cluster.log(job) and "Traceback" not in cluster.log(job)
 
 
 def contents(store):
