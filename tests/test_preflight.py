@@ -98,6 +98,7 @@ def test_a_store_that_a_node_has_otherwise_or_not_at_all_is_named(tiny_store, ti
     assert "rank 1 on b and rank 0 on a see different stores at store" in said and "copy the same store" in said
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_not_shared_is_named(tiny_store, tiny_config, tmp_path):
     """Rank 1 has no such folder; or it has one, which is another."""
     run, there = tmp_path / "run", tmp_path / "there"

@@ -70,6 +70,7 @@ def test_an_interface_that_is_not_there_is_named(tiny_store, tiny_config, tmp_pa
     assert any("cannot connect to the other ranks" in one and "none0); open the firewall" in one for one in said)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(tiny_store, tiny_config, tmp_path):
     (port,) = free_ports(1)
     (rank,) = start(tiny_config, tiny_store, tmp_path / "run", [launcher(port, 0)])
