@@ -31,6 +31,7 @@ setup(
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "numpy>=2.0",
         "scipy>=1.13",
+        "scikit-learn>=1.5",
         "nibabel>=5.3",
         "zarr>=3.1,<4",
         "tensorstore>=0.1.70",
