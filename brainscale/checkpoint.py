@@ -17,10 +17,10 @@ import torch
 
 from brainscale import checkpoint_files as files
 from brainscale.checkpoint_files import Tensors, TrainState
-from brainscale.config import Checkpoint
 from brainscale.distributed import World, broadcast, gather
 from brainscale.engine import MOMENTS, fill, full, torch_optimizer
 from brainscale.faults import fault_point
+from brainscale.monitor_settings import Checkpoint
 from brainscale.settings import InputError
 
 

@@ -1,4 +1,5 @@
-"""All settings of a run; where volumes come from is in data_settings.py. Those of a store are in prep_plan.py.
+"""All settings of a run; where volumes come from is in data_settings.py, what is saved and watched in
+monitor_settings.py. Those of a store are in prep_plan.py.
 
 A quantity carries its unit in its name (`_mm`, `_voxels`, `_steps`, `_fraction` in 0..1) and its axis order (`_xyz` as
 in NIfTI, `_zyx` as in memory). How they are read is in settings.py.
@@ -10,6 +11,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from brainscale.data_settings import Augment, Data
+from brainscale.monitor_settings import Checkpoint, Health, Log, Probe
 from brainscale.settings import Model
 
 
@@ -174,65 +176,6 @@ class Zero(Model):
     """Keep optimizer states and the fp32 master in host memory and step there: slower, for models that do not fit."""
 
 
-class Checkpoint(Model):
-    """When states are saved and kept."""
-
-    every_steps: int = Field(default=1000, gt=0)
-    keep_last: int = Field(default=2, ge=2)
-    """Newest checkpoints kept; at least 2, since the last may be the damaged one."""
-    keep_every_steps: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of this are never removed; 0: none."""
-    background: bool = True
-    """Write behind the next steps: training waits for the copy to host memory alone. A stop waits for the writing."""
-
-
-class Health(Model):
-    """When a run warns, and when it stops itself."""
-
-    max_skipped_in_a_row: int = Field(default=3, ge=1)
-    """Steps in a row that may be left out because a loss or gradient is not finite; at the last of them the run ends
-    (exit 5)."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    """After the first step, a rank that is silent, or a step that hangs, for this long ends the run (exit 5)."""
-    first_timeout_s: float = Field(default=1800.0, gt=0)
-    """The same for starting and the first step, which may compile."""
-    probe_every_steps: int = Field(default=500, ge=0)
-    """How often the embeddings of fixed volumes are examined for collapse (`health.py`); 0: never."""
-    probe_volumes: int = Field(default=16, ge=2)
-    """Training volumes examined, at least; more where these hold fewer than 4 × model.width tokens."""
-    min_std: float = Field(default=0.1, ge=0)
-    """Warn when the median over dimensions of an embedding's standard deviation is below this."""
-    min_rank_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Warn when the effective rank of a JEPA is below this share of its value at step 0. That of a MAE falls while it
-    learns, and is shown alone."""
-    min_gap: float = Field(default=0.05, ge=0, le=1)
-    """Warn when predictions are hardly nearer to their own subject's targets than to another's (`gap`), from
-    `gap_after_steps` on: a healthy run takes a while to look at the subject."""
-    gap_after_steps: int = Field(default=2000, ge=0)
-    max_restarts_without_progress: int = Field(default=3, ge=0)
-    """Times in a row that a Slurm job may begin again at the same step, after failures or preemptions before anything
-    new was saved; then it ends (exit 5)."""
-    max_spike: float = Field(default=10.0, gt=1)
-    """Warn when the gradient norm is this many times its running median."""
-    stop_on_collapse: bool = False
-    """End the run (exit 5) when a warning of collapse holds at two probes in a row."""
-
-
-class Log(Model):
-    """What is written how often."""
-
-    every_steps: int = Field(default=10, gt=0)
-    holdout_every_steps: int = Field(default=1000, gt=0)
-    holdout_volumes: int = Field(default=16, gt=0)
-    """Held-out volumes evaluated each time, at most."""
-    pictures: int = Field(default=2, ge=0)
-    """Held-out volumes whose reconstructions (or features) are kept for the report."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where numbers go besides metrics.jsonl. One that fails or hangs changes nothing in the run."""
-    profile_every_steps: int = Field(default=1000, ge=0)
-    """How often a step is sampled for what it consists of (`step_profile.py`), and the 20th of a process; 0: never."""
-
-
 class Run(Model):
     """Where the run lives."""
 
@@ -260,6 +203,7 @@ class Config(Model):
     zero: Zero = Zero()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
+    probe: Probe = Probe()
     log: Log = Log()
     run: Run = Run()
 
@@ -311,8 +255,8 @@ class Config(Model):
 
 MAY_CHANGE_ON_RESUME = (
     "train.num_steps", "train.stop_after_min", "train.activation_checkpointing", "train.micro_batch_volumes", "log",
-    "checkpoint", "health", "data.store", "data.loader", "data.workers", "data.prefetch_mb", "data.timeout_s", "zero",
-    "kernels", "run",
+    "checkpoint", "health", "probe", "data.store", "data.loader", "data.workers", "data.prefetch_mb", "data.timeout_s",
+    "zero", "kernels", "run",
 )  # fmt: skip
 """Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
 compared are the hashes of its plan and scans."""

@@ -22,13 +22,14 @@ from brainscale import (
 )  # fmt: skip
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState
-from brainscale.config import Checkpoint, Config
+from brainscale.config import Config
 from brainscale.distributed import World, wait
 from brainscale.faults import fault_point
 from brainscale.feed import LoaderFailed
 from brainscale.loader import Batch
 from brainscale.mae import Mae
 from brainscale.masking import draw_masks
+from brainscale.monitor_settings import Checkpoint
 from brainscale.nonfinite import MicroBatch
 from brainscale.preflight import check
 from brainscale.schedules import due, learning_rate

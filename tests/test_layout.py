@@ -15,8 +15,8 @@ ORDER = [
         "launch", "patch_gather", "pixel_loss", "spectrum", "spectral_volume", "spectral_patch", "compile_report",
     )),
     *(f"brainscale.{name}" for name in (
-        "settings", "prep_plan", "data_settings", "config", "faults", "slurm_job", "stopping", "geometry", "schedules",
-        "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
+        "settings", "prep_plan", "data_settings", "monitor_settings", "config", "faults", "slurm_job", "stopping",
+        "geometry", "schedules", "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",

@@ -16,7 +16,8 @@ from processes import finish, start_function
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from brainscale import cli, metrics, trackers
-from brainscale.config import Config, Log
+from brainscale.config import Config
+from brainscale.monitor_settings import Log
 from brainscale.settings import InputError
 
 COMPLETE = "metrics.jsonl is complete"

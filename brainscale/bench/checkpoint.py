@@ -36,9 +36,10 @@ from brainscale import checkpoint_files as files
 from brainscale.bench.record import measure, sample_lines
 from brainscale.bench.week import week_lines
 from brainscale.checkpoint_files import Tensors
-from brainscale.config import Checkpoint, Config
+from brainscale.config import Config
 from brainscale.engine import MOMENTS, fill, start
 from brainscale.mae import Mae
+from brainscale.monitor_settings import Checkpoint
 from brainscale.prep_plan import Plan
 from brainscale.session import Session, prepare
 from brainscale.settings import load, to_toml

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from brainscale.bench.record import sample_lines
-from brainscale.config import Checkpoint
+from brainscale.monitor_settings import Checkpoint
 
 DAY_S, WEEK_S, INTERVAL_S = 86_400.0, 604_800.0, 22 * 60.0
 SEEDS = 100
