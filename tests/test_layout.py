@@ -32,9 +32,10 @@ ORDER = [
         "run_disk", "preflight",
         "step_profile", "run_folder", "restarts", "watch", "holdout", "health",
         "scores", "linear_models", "probes", "session", "train", "figures",
-        "pages", "qc_scans", "qc_figures", "qc", "report_health", "score_file", "evaluation_figures", "report_evaluation",
-        "run_doctor", "report", "report_compare", "doctor",
+        "pages", "qc_scans", "qc_figures", "qc", "report_health", "score_file", "evaluation_figures",
+        "report_evaluation", "run_doctor", "report", "report_compare", "doctor",
         "replay",
+        "task_settings", "tasks", "id_lists", "split_files", "splits",
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
