@@ -175,6 +175,8 @@ def describe(
             "plan_hash": store.plan_hash,
             "volume_zyx": store.volume_zyx,
             "scans": len(store.rows),
+            "subjects": len(set(subjects_of(store).tolist())),
+            "contrasts": Counter(store.column("contrast").tolist()),
             "not_skull_stripped": int((~store.column("skull_stripped")).sum()),
             "training_scans": len(order.rows),
             "held_out_scans": len(held_rows),
