@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 
 from brainscale import __version__, cli_data, cli_plan, cli_runs, cli_slurm
 from brainscale.cli_bench import bench
+from brainscale.cli_embed import embed
 from brainscale.config import Config
 from brainscale.settings import InputError, load, to_toml
 
@@ -45,6 +46,7 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
 )
 
 app.command(bench)
+app.command(embed)
 app.command(cli_runs.checkpoint)
 app.command(cli_plan.plan)
 app.command(cli_slurm.submit)

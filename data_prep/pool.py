@@ -56,8 +56,8 @@ def run(
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
 
-    with _environment(), _progress(doing, num_volumes) as advance, _ctrl_c(end_workers) as interrupted:
-        pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker)
+    with environment(), progress(doing, num_volumes) as advance, _ctrl_c(end_workers) as interrupted:
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), start_worker)
         try:
             pending = {pool.submit(function, task) for task in tasks}
             while pending and not interrupted():
@@ -111,7 +111,7 @@ def _ctrl_c(end_workers: Callable[[], None]) -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def environment() -> Iterator[None]:
     """Workers inherit the environment when they start, which may be late: it holds while the pool runs."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
@@ -126,7 +126,7 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes finished volumes: a bar on a terminal, else a line now and then."""
     done, started = 0, time.monotonic()
     last = started
@@ -157,7 +157,7 @@ def _progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     yield advance_lines
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Ctrl-C is the parent's business; a parent that was killed takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -28,7 +28,9 @@ ORDER = [
         "dali_source", "dali_loader", "layers", "vit", "model_counts", "regularizers", "mae", "teacher", "jepa",
         "objective", "optim", "zero", "hardware", "plan_states", "plan_memory",
         "plan_time", "plan", "plan_text", "engine",
-        "checkpoint_files", "encoder_files", "pretrained", "checkpoint", "nonfinite", "trackers", "metrics",
+        "checkpoint_files", "encoder_files", "pretrained",
+        "nifti_rows", "features", "volume_embedder",
+        "checkpoint", "nonfinite", "trackers", "metrics",
         "run_disk", "preflight",
         "step_profile", "run_folder", "restarts", "watch", "holdout", "health",
         "scores", "linear_models", "probes", "session", "train", "figures",
@@ -39,7 +41,7 @@ ORDER = [
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
-        "cli_data", "cli_bench", "cli_runs", "cli_plan", "cli_slurm", "cli",
+        "cli_data", "cli_embed", "cli_bench", "cli_runs", "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -99,6 +101,7 @@ def test_only_the_commands_import_inside_functions():
     allowed = {
         "brainscale.cli",
         "brainscale.cli_data",
+        "brainscale.cli_embed",
         "brainscale.cli_bench",
         "brainscale.cli_runs",
         "brainscale.cli_plan",
