@@ -5,8 +5,6 @@ unusual ones first. Neither torch nor the source is needed, and the page names n
 equal pages. The words are in qc.html.
 """
 
-import base64
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -14,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from brainscale.figures import OPPOSITE
-from brainscale.provenance import write_text
+from brainscale.pages import SORT, put, render
 from brainscale.qc_figures import COLOURS, cropped_chart, histogram_rows, three_planes
 from brainscale.qc_scans import AXES, MIN_PEERS, OUTLIER, Scans, unusual
 from brainscale.store import Store, open_store
@@ -107,11 +103,9 @@ def write(store_path: Path, out: Path | None = None) -> Path:
     path = Path(store_path).absolute()
     out = Path(out or path.with_name(f"{path.name}.qc.html"))
     scans = Scans(store)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("qc.html").render(
+    page = render(
+        "qc.html",
+        script=SORT + SCRIPT,
         plan=store.plan,
         plan_hash=store.plan_hash,
         plan_text=json.dumps(store.plan.model_dump(mode="json"), indent=1),
@@ -124,13 +118,8 @@ def write(store_path: Path, out: Path | None = None) -> Path:
         pictures=pictures(store, scans),
         outlier=OUTLIER,
         min_peers=MIN_PEERS,
-        script=Markup(SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
-        zip=zip,
     )
-    # A file name that is not UTF-8 travels as lone surrogates, which have no bytes.
-    write_text(out, page.encode("utf-8", "backslashreplace").decode())
-    return out
+    return put(page, out)
 
 
 def counts(store: Store, scans: Scans) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from brainscale.config import Config
 from brainscale.figures import (
@@ -27,8 +26,9 @@ from brainscale.figures import (
     spectrum_charts,
     speed_charts,
 )
-from brainscale.provenance import write_text
-from brainscale.report_health import health_charts, monitors
+from brainscale.pages import put, render
+from brainscale.report_evaluation import section
+from brainscale.report_health import health_charts, monitors, online_charts
 from brainscale.run_doctor import diagnose
 from brainscale.settings import InputError, load
 
@@ -63,6 +63,7 @@ def write(run_dir: Path) -> Path:
     evaluations = read_evaluations(run_dir / "holdout")
     page = render(
         "report.html",
+        **WORDS,
         run=run,
         config=run.config,
         config_text=(run_dir / "config.toml").read_text(encoding="utf-8"),
@@ -70,6 +71,8 @@ def write(run_dir: Path) -> Path:
         numbers=numbers(run.metrics, run.config),
         monitors=monitors(run.metrics, run.config),
         health=health_charts(run.metrics, run.config),
+        online=online_charts(run.metrics),
+        evaluation=section(run_dir),
         masks=masks(run.metrics),
         frequencies=frequencies(hidden["counts"]) if (hidden := read_masks(run_dir / "masks.npz")) else {},
         draws=int(hidden["draws"]) if hidden else 0,
@@ -82,22 +85,6 @@ def write(run_dir: Path) -> Path:
         diagnosis=diagnose(run.metrics, run.config, run.about, run.ending),
     )
     return put(page, run_dir / "report.html")
-
-
-def render(template: str, **values: Any) -> str:
-    """A page of this folder, filled; what is not markup is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    words = {"duration": duration, "regularizer": regularizer, "names": NAMES, "zip": zip}
-    return environment.get_template(template).render(**words, **values)
-
-
-def put(page: str, path: Path) -> Path:
-    """Write a page in one step; bytes of names that are not UTF-8 become escapes."""
-    write_text(path, page.encode("utf-8", "backslashreplace").decode())
-    return path
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -242,3 +229,7 @@ def reconstruction(record: dict[str, Any]) -> dict[str, Any] | None:
         "wins": {name: int(np.sum(per_volume["own"] < values)) for name, values in per_volume.items()},
         "chart": chart(lambda ax: bars(ax, means, spread), "errors", height=2.0),
     }
+
+
+WORDS: dict[str, Any] = {"duration": duration, "regularizer": regularizer, "names": NAMES}
+"""How the templates of runs write things."""

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from brainscale.config import Config
 from brainscale.figures import INK, Metrics, Series, chart, series, smooth, thin
+from brainscale.pages import put, render
 from brainscale.qc_figures import COLOURS
-from brainscale.report import Run, numbers, put, read, read_json, render
+from brainscale.report import WORDS, Run, numbers, read, read_json
 from brainscale.report_health import MAX_MARKERS, known, monitors, probes
 from brainscale.settings import InputError
 
@@ -51,6 +52,7 @@ def write(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = [read(folder) for folder in run_dirs]
     page = render(
         "report_compare.html",
+        **WORDS,
         rows=[
             row(run, name, style, os.path.relpath(place, os.path.realpath(out.parent)))
             for run, name, style, place in zip(runs, distinct(places), STYLES, places)

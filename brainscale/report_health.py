@@ -108,6 +108,23 @@ def health_charts(metrics: Metrics, config: Config) -> dict[str, Markup]:
     return charts
 
 
+def online_charts(metrics: Metrics) -> dict[str, Markup]:
+    """Title → chart, of the probes on labelled scans during training, where the run has them."""
+    charts = {}
+    for title, key, level in (
+        ("AUROC of the probe", "probe_auroc", 0.5),
+        ("AUPRC of the probe", "probe_auprc", None),
+        ("balanced accuracy of the probe", "probe_balanced_accuracy", None),
+        ("mean absolute error of the probe", "probe_mae", None),
+        ("R² of the probe", "probe_r2", 0.0),
+    ):
+        curve = series(metrics, key)
+        if len(curve[0]):
+            lines = [] if level is None else [Reference("chance", level)]
+            charts[title] = chart(partial(draw_monitor, curve=curve, references=lines, log=False), key)
+    return charts
+
+
 def warning_below(value: float) -> Reference:
     """Where a monitor begins to warn."""
     return Reference(f"warning below {value:.3g}", value, ":")

@@ -1,6 +1,7 @@
 """The report: what it says, that it is one file, that it survives a young or torn run folder, the same bytes twice."""
 
 import base64
+import hashlib
 import html
 import io
 import itertools
@@ -141,8 +142,17 @@ def written(run_dir):
 
 def text_of(page):
     """The page without tags, styles and pictures, white space collapsed."""
-    page = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.S)
+    page = re.sub(r"<(style|script|svg)\b.*?</\1>", " ", page, flags=re.S)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
+
+
+def assert_only_our_script(page):
+    """One script, and a policy that lets nothing else run or load."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert len(scripts) == 1 == page.lower().count("<script") and "<link" not in page.lower()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page).group(1)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert "default-src 'none'" in policy and policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def picture(page, alt):
@@ -192,11 +202,11 @@ def test_the_header_and_the_data(page):
     assert f"{1.1 / 60:.4f} held-out loss at step 60" in text
 
 
-def test_it_is_one_file_without_scripts(page):
+def test_it_is_one_file_that_runs_no_script_but_its_own(page):
     links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import\s*(\S+)""", page)
     targets = ["".join(found) for found in links]
     assert targets and all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
-    assert "<script" not in page.lower() and "<link" not in page.lower()
+    assert_only_our_script(page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert {target[1:] for target in targets if target.startswith("#")} <= set(ids)
     assert len(ids) == len(set(ids))
