@@ -20,6 +20,7 @@ from brainscale.layers import initialise
 from brainscale.loader import Loader
 from brainscale.masking import Coverage, masked_count
 from brainscale.objective import OBJECTIVES, Objective
+from brainscale.online_probe import OnlineProbe
 from brainscale.ops import choose, refuse
 from brainscale.reader import Reader
 from brainscale.samplers import make_order
@@ -37,6 +38,7 @@ class Session:
     store: Stores
     loader: Loader
     holdout: Holdout | None
+    online: OnlineProbe | None
     accumulation: int
     state: TrainState
     model: Objective
@@ -105,6 +107,9 @@ def build(
         voice.line(f"crops of {reader.volume_zyx} of volumes of {store.volume_zyx} voxels (z, y, x): padded")
     if state.zero_stage != config.zero.stage:
         voice.line(f"ZeRO stage {state.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")
+    online = OnlineProbe(reader, order.rows, held_rows, config, world) if config.probe.every_steps else None
+    if online is not None:
+        voice.line(online.sentence)
     model = OBJECTIVES[config.objective](config, reader.volume_zyx)
     initialise(model, torch.Generator().manual_seed(config.seed))
     engine = deep.start(model, config, world)
@@ -117,7 +122,9 @@ def build(
     loader = loader_class(reader, order, config, world.rank, world.size, micro, world.device)
     holdout = Holdout(reader, held_rows, order.rows, config) if len(held_rows) else None
     coverage = Coverage(int(np.prod(reader.grid_zyx)))
-    return Session(config, run_dir, world, store, loader, holdout, accumulation, state, model, engine, voice, coverage)
+    return Session(
+        config, run_dir, world, store, loader, holdout, online, accumulation, state, model, engine, voice, coverage
+    )  # fmt: skip
 
 
 def topology(state: TrainState) -> str:

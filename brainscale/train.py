@@ -97,9 +97,13 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     monitor.resume(metrics.read(run_dir / "metrics.jsonl"))
     reader, rows = session.loader.reader, session.loader.order.rows
     probe = health.Probe(reader, rows, config) if config.health.probe_every_steps else None
-    if probe is not None and state.step == 0:
-        with watch.patience(0, "evaluate", config.health.first_timeout_s):
-            examine(session, probe, monitor, 0, writer)
+    online, sharded, patience_s = session.online, state.zero_stage == 3, config.health.first_timeout_s
+    if state.step == 0:
+        with watch.patience(0, "evaluate", patience_s):
+            if probe is not None:
+                examine(session, probe, monitor, 0, writer)
+            if online is not None:
+                online.look(session.model, 0, writer, sharded, voice.line)
 
     for step in range(first, config.train.num_steps):
         begin, before = time.monotonic(), state
@@ -124,7 +128,9 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
 
         last = state.step == config.train.num_steps
         gives_up = state.skipped_in_a_row >= config.health.max_skipped_in_a_row
-        why = agreement.vote(wish(stop, deadline, time.monotonic() - begin, evaluate_s, saver))
+        save_s = saver.copy_s + saver.write_s
+        wish = stop.number or deadline.reached(time.monotonic() - begin, save_s, evaluate_s)
+        why = agreement.vote(stopping.SAVE_FAILED if saver.failed() else wish)
         if why == stopping.SAVE_FAILED:
             break
         ends = last or gives_up or bool(why)
@@ -147,14 +153,17 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         if first_of_all:
             state = keep(session, saver, replace(state, meter=meter.total()), True, clock, watch)
 
+        since = time.monotonic()
         if session.holdout is not None and (due(state.step, config.log.holdout_every_steps) or last):
-            since = time.monotonic()
-            with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
+            with clock.span("other_s"), watch.patience(state.step, "evaluate", patience_s):
                 evaluate(session, state.step, writer, last)
-            evaluate_s = max(evaluate_s, time.monotonic() - since)
+        if online is not None and (due(state.step, config.probe.every_steps) or last):
+            with clock.span("other_s"), watch.patience(state.step, "evaluate", patience_s):
+                online.look(session.model, state.step, writer, sharded, voice.line)
+        evaluate_s = max(evaluate_s, time.monotonic() - since)
 
         if probe is not None and (due(state.step, config.health.probe_every_steps) or last):
-            with clock.span("other_s"), watch.patience(state.step, "evaluate", config.health.first_timeout_s):
+            with clock.span("other_s"), watch.patience(state.step, "evaluate", patience_s):
                 collapse = examine(session, probe, monitor, state.step, writer)
             ends = ends or bool(collapse)
 
@@ -166,7 +175,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     batches.close()
     if writer is not None:
         writer.close()
-    with watch.patience(state.step, "end", config.health.first_timeout_s):
+    with watch.patience(state.step, "end", patience_s):
         save(saver, None, True)
         wait(world)
     saver.close()
@@ -219,15 +228,6 @@ def leave_out(session: Session, before: TrainState, computed: list[MicroBatch]) 
     if before.skipped_in_a_row == 0:
         root = nonfinite.folder(session.run_dir)
         save(checkpoint.Saver(session.engine, root, session.world, Checkpoint()), before, True)
-
-
-def wish(
-    stop: stopping.Stop, deadline: stopping.Deadline, step_s: float, evaluate_s: float, saver: checkpoint.Saver
-) -> int:
-    """Why this rank wants to stop; 0 if it does not."""
-    if saver.failed():
-        return stopping.SAVE_FAILED
-    return stop.number or deadline.reached(step_s, saver.copy_s + saver.write_s, evaluate_s)
 
 
 def keep(
