@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from brainscale import __version__, cli_data, cli_plan, cli_runs, cli_slurm
 from brainscale.cli_bench import bench
 from brainscale.cli_embed import embed
+from brainscale.cli_export import export
 from brainscale.config import Config
 from brainscale.settings import InputError, load, to_toml
 
@@ -49,6 +50,7 @@ app.command(bench)
 app.command(embed)
 app.command(cli_runs.checkpoint)
 app.command(cli_plan.plan)
+app.command(export)
 app.command(cli_slurm.submit)
 app.command(cli_slurm.retry)
 for command in (cli_data.phantom, cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor, cli_runs.replay):

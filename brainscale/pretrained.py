@@ -29,12 +29,17 @@ from brainscale.vit import Encoder
 CHANGES_NO_VALUE = (*LAYOUT, "min_extent_mm", "max_cropped_fraction", "warn_cropped_fraction")
 """Settings of a plan that say how voxels lie on disk, or which scans are refused, not what values a taken one gets."""
 
+COUNTS = (
+    "scans", "training_scans", "held_out_scans", "subjects", "contrasts", "not_skull_stripped", "refused_by_reason",
+)  # fmt: skip
+"""Of run.json: how many there were, never who."""
+
 
 class Pretrained(nn.Module):
     """An encoder over the token grid of `contract.volume_zyx`, in evaluation mode.
 
     about: objective, part, step, samples (seen in training), flops_per_sample, flops (of the training), parameters,
-    source (the run folder's name), versions.
+    source (the run folder's name), versions, settings (of the training, without paths), data (counts of scans).
     """
 
     def __init__(self, settings: ModelSettings, contract: Contract, about: dict[str, Any]) -> None:
@@ -120,7 +125,8 @@ def from_run(run_dir: str | Path, part: str = "encoder") -> Pretrained:
     state = files.read_state(path)
     try:
         config = Config.model_validate(state.config)
-        plan = Plan.model_validate(json.loads((run / "run.json").read_text(encoding="utf-8"))["store"]["plan"])
+        store = json.loads((run / "run.json").read_text(encoding="utf-8"))["store"]
+        plan = Plan.model_validate(store["plan"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the settings of {run} cannot be read ({type(error).__name__}: {one_line(error)}); restore its run.json "
@@ -145,11 +151,22 @@ def from_run(run_dir: str | Path, part: str = "encoder") -> Pretrained:
         "parameters": sum(encoder_sizes(config.model)),
         "source": run.resolve().name,
         "versions": state.versions,
+        "settings": _without_paths(config),
+        "data": {name: store[name] for name in COUNTS if name in store},
     }
     contract = Contract(plan=plan, plan_hash=state.plan_hash, volume_zyx=state.volume_zyx)
     model = Pretrained(config.model, contract, about)
     model.encoder.load_state_dict(read_tensors(path / files.WEIGHTS, config.model, part, alone=False))
     return model
+
+
+def _without_paths(config: Config) -> dict[str, Any]:
+    """Settings of a run without the places where its data and it lay."""
+    settings = config.model_dump(mode="json", exclude={"run": True})
+    settings["data"]["store"] = ""
+    for number, entry in enumerate(settings["data"]["stores"], start=1):
+        entry["path"] = f"store {number}"
+    return settings
 
 
 def newest_intact(run: Path) -> Path:
