@@ -30,7 +30,7 @@ def embed(
     pooling: str = "mean",
     foreground_only: bool = False,
     where: tuple[str, ...] = (),
-    part: str = "encoder",
+    part: str = "",
     device: str = "auto",
     batch: int = 0,
     workers: int | None = None,
@@ -62,7 +62,7 @@ def embed(
     where
         Take scans with this value alone, e.g. --where contrast=T1w or --where participant_site=A,B. Repeatable.
     part
-        Of a JEPA run: encoder or teacher.
+        Of a JEPA run: encoder (default) or teacher; an export holds one of them.
     device
         auto (a GPU where there is one), cpu or cuda.
     batch
@@ -76,7 +76,6 @@ def embed(
     import pyarrow.parquet as pq
 
     from brainscale import features, store_files
-    from brainscale.pretrained import open_pretrained
 
     if out.suffix != ".parquet":
         raise InputError(f"--out {out} is no .parquet file; give FILE.parquet")
@@ -90,7 +89,7 @@ def embed(
     ]
     if stores and len(stores) < len(volumes):
         raise InputError(f"{stores[0]} is a store and others are not; embed stores and NIfTI by two commands")
-    pretrained = open_pretrained(run_or_export, part).to(target)
+    pretrained = features.opened(run_or_export, part).to(target)
     made = (
         of_stores(pretrained, stores, where, batch, recipe)
         if stores

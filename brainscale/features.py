@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from brainscale.geometry import Zyx, token_grid
 from brainscale.nifti_rows import NiftiRows, prepared
-from brainscale.pretrained import Pretrained
+from brainscale.pretrained import Pretrained, open_pretrained
 from brainscale.reader import normalisation
 from brainscale.settings import InputError
 from brainscale.store import Store
@@ -163,6 +164,15 @@ def embed(
             if progress is not None:
                 progress(len(piece))
     return features
+
+
+def opened(path: str | Path, part: str = "") -> Pretrained:
+    """The encoder of a run folder or an export directory. part: "encoder" or "teacher"; none: a run's encoder, or what
+    was exported. Raises InputError, also for an export of the other part."""
+    pretrained = open_pretrained(path, part or "encoder")
+    if part and (held := pretrained.about.get("part")) != part:
+        raise InputError(f"{path} is an export of a run's {held}; export its {part}, or leave out --part")
+    return pretrained
 
 
 def choose_device(name: str) -> torch.device:

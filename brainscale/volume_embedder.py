@@ -7,9 +7,9 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from brainscale.features import check_recipe, choose_device, embed, embed_files, feature_names
+from brainscale.features import check_recipe, choose_device, embed, embed_files, feature_names, opened
 from brainscale.nifti_rows import find, plan_grid_xyz
-from brainscale.pretrained import Pretrained, open_pretrained
+from brainscale.pretrained import Pretrained
 from brainscale.settings import InputError
 from brainscale.stores import open_stores
 from brainscale_data_prep import tree
@@ -31,13 +31,13 @@ class VolumeEmbedder(TransformerMixin, BaseEstimator):
         layers: tuple[int, ...] = (-1,),
         pooling: str = "mean",
         foreground_only: bool = False,
-        part: str = "encoder",
+        part: str = "",
         device: str = "auto",
         batch: int = 0,
         workers: int = 1,
     ) -> None:
-        """encoder: a run folder, an export directory, or what was loaded of one; part: of a run, "teacher" for that of
-        a JEPA. The others: as in `features.embed` and `embed_files`."""
+        """encoder: a run folder, an export directory, or what was loaded of one; part: as in `features.opened`. The
+        others: as in `features.embed` and `embed_files`."""
         self.encoder, self.store = encoder, store
         self.layers, self.pooling, self.foreground_only = layers, pooling, foreground_only
         self.part, self.device, self.batch, self.workers = part, device, batch, workers
@@ -46,7 +46,7 @@ class VolumeEmbedder(TransformerMixin, BaseEstimator):
         """Load the encoder. X and y are not looked at."""
         check_recipe(self.layers, self.pooling)
         choose_device(self.device)
-        loaded = self.encoder if isinstance(self.encoder, Pretrained) else open_pretrained(self.encoder, self.part)
+        loaded = self.encoder if isinstance(self.encoder, Pretrained) else opened(self.encoder, self.part)
         self.names_ = feature_names(loaded.settings.width, self.layers, self.pooling)
         self.pretrained_ = loaded
         return self
@@ -68,12 +68,10 @@ class VolumeEmbedder(TransformerMixin, BaseEstimator):
             "batch": self.batch,
         }
         if self.store is not None:
-            if not all(text.isdecimal() for text in wanted):
-                raise InputError(
-                    f"got {next(t for t in wanted if not t.isdecimal())!r}; with a store, X is of its rows"
-                )
+            if wrong := [text for text in wanted.tolist() if not text.isdecimal()]:
+                raise InputError(f"got {wrong[0]!r}; with a store, X must be rows of it")
             return embed(self.pretrained_, open_stores([self.store]), wanted.astype(np.int64), **recipe)[at]
-        if wrong := [text for text in wanted if not tree.split(text)[1]]:
+        if wrong := [text for text in wanted.tolist() if not tree.split(text)[1]]:
             raise InputError(f"got {wrong[0]!r}, which is no path of a NIfTI file; give those, or a store and its rows")
         files, contract = find([Path(text) for text in wanted])[0], self.pretrained_.contract
         grid_xyz = plan_grid_xyz(contract.plan, contract.volume_zyx)
