@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from brainscale.settings import InputError
 from brainscale.store import Store
+from brainscale.store_files import COLUMNS, SCANS
 from brainscale.stores import Stores
 from brainscale.task_settings import SplitSettings as SplitSettings
 from brainscale.task_settings import Task as Task
@@ -118,7 +120,16 @@ def site_column(task: Task, store: Store | Stores) -> str:
     if task.site_column:
         _participant(store, task.site_column, f'task "{task.name}": site_column')
         return task.site_column
-    return next((name for name in SITES if _has(store, f"participant_{name}")), "")
+    names = participant_names(store)
+    return next((name for name in SITES if name in names), "")
+
+
+def participant_names(store: Store | Stores) -> list[str]:
+    """Participant columns, without "participant_", that the store (or each of several) has."""
+    stores = store.stores if isinstance(store, Stores) else [store]
+    columns = [pq.read_schema(one.path / SCANS).names for one in stores]
+    prefix = "participant_"
+    return [n.removeprefix(prefix) for n in columns[0] if n.startswith(prefix) and all(n in c for c in columns)]
 
 
 def _sites(task: Task, store: Store | Stores) -> np.ndarray:
@@ -127,14 +138,6 @@ def _sites(task: Task, store: Store | Stores) -> np.ndarray:
         return np.full(len(store.rows), "", dtype=str)
     values = _participant(store, name, "")
     return np.array(["" if value.lower() in MISSING else value for value in values], dtype=str)
-
-
-def _has(store: Store | Stores, name: str) -> bool:
-    try:
-        store.column(name)
-    except InputError:
-        return False
-    return True
 
 
 def _participant(store: Store | Stores, name: str, whose: str) -> np.ndarray:
@@ -151,7 +154,7 @@ def _participant(store: Store | Stores, name: str, whose: str) -> np.ndarray:
 
 def _any_column(store: Store | Stores, name: str, task: Task) -> np.ndarray:
     """A column of scans.parquet, or the participant column of that name, as canonical strings."""
-    if not _has(store, name):
+    if name not in COLUMNS:
         return _participant(store, name, f'task "{task.name}": where')
     return np.array([canonical(value) for value in store.column(name).tolist()], dtype=object)
 

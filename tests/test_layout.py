@@ -37,7 +37,7 @@ ORDER = [
         "pages", "qc_scans", "qc_figures", "qc", "report_health", "score_file", "evaluation_words",
         "evaluation_figures", "report_evaluation", "run_doctor", "report", "report_compare", "doctor",
         "replay",
-        "task_settings", "tasks", "id_lists", "split_files", "splits",
+        "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint",
         "export_formats", "export",
     )),
     "brainscale_slurm.submit",
