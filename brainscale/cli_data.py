@@ -20,10 +20,16 @@ def phantom(
     contrasts: str = "T1w",
     spacing_mm: float | None = None,
     head: bool = False,
+    confound: str = "",
 ) -> None:
-    """Write a BIDS dataset of synthetic brains (deformed ICBM152 anatomy with known disease labels).
+    """Write a BIDS dataset of synthetic brains: deformed ICBM152 anatomy, five diseases with known effect sizes.
+
+    The labels are label_atrophy, label_lesions, label_sharpness, label_mass and label_distributed; truth.tsv holds the
+    severity behind each, whose AUROC no classifier can beat on average.
 
     Example: brainscale phantom data/phantom --subjects 24 --seed 0 --contrasts T1w,FLAIR
+
+    Example: brainscale phantom data/confounded --subjects 80 --confound label_mass=0.8
 
     Parameters
     ----------
@@ -39,10 +45,12 @@ def phantom(
         Isotropic voxel size; by default it varies from scan to scan.
     head
         Add skull, scalp and neck around the brain.
+    confound
+        LABEL=STRENGTH: this share (0 to 1) of subjects is scanned at a site that follows the label.
     """
     from brainscale_data_prep.phantom import make
 
-    make(dest, subjects, seed, head=head, spacing_mm=spacing_mm, contrasts=tuple(contrasts.split(",")))
+    make(dest, subjects, seed, head, spacing_mm, tuple(contrasts.split(",")), confound=confound)
 
 
 def to_zarr(

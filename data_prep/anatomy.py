@@ -1,12 +1,12 @@
 """The synthetic subjects of `phantom`: who they are, how their anatomy differs from the template, what it looks like.
 
-A subject is painted in template space (tissue contrast, individual folding, listed disease effects); one smooth,
+A subject is painted in template space (tissue contrast, individual folding, what `effects` lists); one smooth,
 invertible warp says which template point lies at each point of its world. Millimetres are RAS; a place in the brain is
 named in template millimetres (MNI), before the subject's own warp.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,17 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinat
 from scipy.spatial.transform import Rotation
 
 from brainscale.geometry import voxel_to_mm
+from brainscale_data_prep import effects
+from brainscale_data_prep.severity import (
+    NUM_REGIONS,
+    TASKS,
+    confounded_site,
+    distributed,
+    draw_labels,
+    draw_severities,
+    stream,
+)
 
-VENTRICLES_MM = ((0.0, -8.0, 16.0), (16.0, 30.0, 14.0))
-"""Centre and standard deviations of the region that grows outwards with age and `label_atrophy`."""
-HIPPOCAMPUS_MM = ((28.0, -20.0, -16.0), (9.0, 14.0, 9.0))
-"""The same of the region (both sides, x and -x) whose grey matter gives way to CSF."""
-LESION_MM, LESION_RADIUS_MM = (26.0, -25.0, 28.0), (5.0, 7.0)
-"""Centre and range of radii of the white-matter lesion of `label_lesion`."""
 PETALIA_MM = (((30.0, 60.0, 0.0), 5.0), ((-25.0, -95.0, 0.0), -5.0))
 """Centres and shifts along y of the asymmetry every subject has: right frontal pole forwards, left occipital back."""
 PETALIA_STD_MM = 26.0
@@ -42,14 +46,16 @@ class Intensities(NamedTuple):
     muscle: float
     fat: float
     lesion: float
+    mass: float
+    oedema: float
     texture: float
 
 
 INTENSITIES = {
-    "T1w": Intensities(0.22, 0.62, 1.0, 0.08, 0.75, 0.50, 1.25, lesion=0.50, texture=1.6),
-    "T2w": Intensities(1.10, 0.62, 0.42, 0.06, 0.45, 0.28, 0.70, lesion=1.00, texture=-0.9),
-    "FLAIR": Intensities(0.16, 0.70, 0.55, 0.06, 0.40, 0.35, 0.65, lesion=1.10, texture=-0.6),
-    "PDw": Intensities(0.90, 0.85, 0.68, 0.10, 0.55, 0.50, 0.80, lesion=0.95, texture=-0.7),
+    "T1w": Intensities(0.22, 0.62, 1.0, 0.08, 0.75, 0.50, 1.25, lesion=0.50, mass=0.45, oedema=0.78, texture=1.6),
+    "T2w": Intensities(1.10, 0.62, 0.42, 0.06, 0.45, 0.28, 0.70, lesion=1.00, mass=0.72, oedema=0.95, texture=-0.9),
+    "FLAIR": Intensities(0.16, 0.70, 0.55, 0.06, 0.40, 0.35, 0.65, lesion=1.10, mass=0.82, oedema=1.05, texture=-0.6),
+    "PDw": Intensities(0.90, 0.85, 0.68, 0.10, 0.55, 0.50, 0.80, lesion=0.95, mass=0.78, oedema=0.95, texture=-0.7),
 }
 TISSUES = {name: code for code, name in enumerate(Intensities._fields[:7])}
 DARKEST_BRAIN = 0.1
@@ -74,10 +80,18 @@ class Template:
     grey: np.ndarray
     white: np.ndarray
     texture: np.ndarray
+    near_csf: np.ndarray
+    """(n,) CSF blurred by effects.WIDENING_MM."""
     head_xyz: np.ndarray
     """(3,m) voxel indices, m = 0 for a brain alone."""
     head_tissue: np.ndarray
     """(m,) values of TISSUES."""
+
+    def white_xyz(self) -> np.ndarray:
+        """(x,y,z) probability of white matter."""
+        volume = np.zeros(self.shape_xyz, np.float32)
+        volume[tuple(self.brain_xyz)] = self.white
+        return volume
 
     def axes_mm(self) -> list[np.ndarray]:
         """Template millimetres of the voxels along x, y and z."""
@@ -92,8 +106,12 @@ class Subject:
     age: int
     sex: str
     site: str
-    label_atrophy: int
-    label_lesion: int
+    labels: Mapping[str, int]
+    """Task → 0 or 1."""
+    severities: Mapping[str, float]
+    """Task → what decides the size of its effect."""
+    region_severities: np.ndarray
+    """(12,) parts of the distributed severity."""
     to_template: np.ndarray
     """(4,4) affine from the subject's world to template mm, the first part of the warp."""
     displacement_mm: np.ndarray
@@ -102,40 +120,40 @@ class Subject:
     """(2, *FOLD_SHAPE) change of the log odds of white matter and of CSF against grey matter."""
     ventricle_individual: float
     hippocampus_individual: float
-    lesion_radius_mm: float
+    lesion_draws_mm: np.ndarray
+    """(LESION_DRAWS,4) candidates: centre and radius, in template mm."""
+    mass_mm: np.ndarray
+    """(3,) centre of the mass."""
 
     @property
-    def ventricle_growth(self) -> float:
-        """g: at distance r from the centre of VENTRICLES_MM lies what the template has at (1 - g)·r, for small r."""
-        return 0.06 + 0.26 * self._ageing() + 0.14 * self.label_atrophy + self.ventricle_individual
-
-    @property
-    def hippocampus_loss(self) -> float:
-        """Share of grey matter replaced by CSF at the centres of HIPPOCAMPUS_MM."""
-        return 0.12 + 0.24 * self._ageing() + 0.22 * self.label_atrophy + self.hippocampus_individual
-
-    def _ageing(self) -> float:
+    def ageing(self) -> float:
+        """0 at the youngest age, 1 at the oldest."""
         return (self.age - YOUNGEST) / (OLDEST - YOUNGEST)
 
+    def at(self, task: str, severity: float) -> "Subject":
+        """The same person with another severity of one task; of the distributed one, all regions change alike."""
+        parts = self.region_severities
+        if task == "distributed":
+            parts = parts + (severity - distributed(parts)) / np.sqrt(NUM_REGIONS)
+        return replace(self, severities={**self.severities, task: severity}, region_severities=parts)
 
-def stream(seed: int, purpose: int, number: int, contrast: int) -> np.random.Generator:
-    """A random stream per key. Keys have one length, since numpy pads shorter ones with zeros to equal streams."""
-    return np.random.default_rng([seed, purpose, number, contrast])
 
-
-def draw_subject(seed: int, number: int, sites: Sequence[str]) -> Subject:
+def draw_subject(seed: int, number: int, sites: Sequence[str], confound: tuple[str, float] | None = None) -> Subject:
     """Subject `number` (from 1) of cohort `seed`; the size of the cohort does not enter.
 
-    Subjects 4k+1 to 4k+4 hold each combination of the two labels once; labels, age, sex and site are independent.
+    Labels are balanced and pairwise independent within every eight subjects; age and sex do not depend on them, nor
+    does the site unless `confound` (see severity.confounded_site) says so.
     """
-    block, place = divmod(number - 1, 4)
-    labels = int(stream(seed, 0, block, 0).permutation(4)[place])
+    labels = draw_labels(seed, number, TASKS)
+    severities, parts = draw_severities(seed, number, labels)
     rng = stream(seed, 1, number, 0)
     age, sex, site = (
         int(rng.integers(YOUNGEST, OLDEST + 1)),
         "MF"[rng.integers(2)],
         sites[int(rng.integers(len(sites)))],
     )
+    if confound:
+        site = confounded_site(seed, number, labels, confound, site, sites)
     # the template is larger than the mean brain, see Lancaster et al. 2007, Hum. Brain Mapp. 28:1194
     size = (0.97 if sex == "M" else 0.92) * (1 + 0.03 * bounded_normal(rng, 1)) * (1 + 0.015 * bounded_normal(rng, 3))
     to_world = np.eye(4)
@@ -146,16 +164,26 @@ def draw_subject(seed: int, number: int, sites: Sequence[str]) -> Subject:
     steepest = np.sqrt((gradient**2).sum(axis=(0, 1))).max()
     displacement *= min(1.0, 0.5 / steepest, 7.0 / np.abs(displacement).max())
     folding = 0.9 * np.stack([_smooth_field(rng, FOLD_SHAPE, FOLD_STD_MM / FOLD_STEP_MM) for _ in range(2)])
-    ventricle, hippocampus = (0.04, 0.05) * bounded_normal(rng, 2)
-    radius_mm = float(rng.uniform(*LESION_RADIUS_MM))
+    ventricle, hippocampus = bounded_normal(rng, 2)
+    rng = stream(seed, 6, number, 0)
+    lesions_mm = _places(rng, effects.LESIONS_MM, effects.LESION_DRAWS)
+    radii_mm = rng.uniform(*effects.LESION_RADIUS_MM, effects.LESION_DRAWS)
     return Subject(
-        number, age, sex, site, labels // 2, labels % 2, np.linalg.inv(to_world), displacement, folding,
-        float(ventricle), float(hippocampus), radius_mm,
+        number, age, sex, site, labels, severities, parts, np.linalg.inv(to_world), displacement, folding,
+        float(ventricle), float(hippocampus), np.column_stack([lesions_mm, radii_mm]),
+        _places(rng, effects.MASS_MM, 1)[0],
     )  # fmt: skip
 
 
-def bounded_normal(rng: np.random.Generator, size: int) -> Any:
-    """(size,) standard normal draws limited to ±2."""
+def _places(rng: np.random.Generator, region_mm: tuple[effects.Mm, effects.Mm], count: int) -> np.ndarray:
+    """(count,3) template mm in a region given by its centre and spread, on either side."""
+    places = region_mm[0] + region_mm[1] * bounded_normal(rng, (count, 3))
+    places[:, 0] *= rng.choice((-1, 1), count)
+    return places
+
+
+def bounded_normal(rng: np.random.Generator, size: int | tuple[int, ...]) -> Any:
+    """Standard normal draws limited to ±2."""
     return np.clip(rng.standard_normal(size), -2, 2)
 
 
@@ -167,7 +195,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], std_cells: f
 def world_to_template(subject: Subject, world_mm: np.ndarray) -> np.ndarray:
     """Template mm (…,3) of the tissue at world mm (…,3) of the subject: one-to-one and smooth.
 
-    Affine, random displacement, the common asymmetry, then the ventricles, which draw from nearer their centre.
+    Affine, random displacement, the common asymmetry, then ventricles and mass, which draw from nearer their centres.
     """
     points = voxel_to_mm(subject.to_template, world_mm)
     cells = np.moveaxis((points - LATTICE_LOW_MM) / WARP_STEP_MM, -1, 0)
@@ -177,10 +205,11 @@ def world_to_template(subject: Subject, world_mm: np.ndarray) -> np.ndarray:
     for pole_mm, shift_mm in PETALIA_MM:
         forwards += shift_mm * np.exp(-((points - pole_mm) ** 2).sum(axis=-1) / (2 * PETALIA_STD_MM**2))
     points[..., 1] -= forwards
-    centre_mm, std_mm = np.array(VENTRICLES_MM)
-    offset = points - centre_mm
-    near = np.exp(-((offset / std_mm) ** 2).sum(axis=-1, keepdims=True) / 2)
-    return points - subject.ventricle_growth * near * offset
+    growth = effects.ventricle_growth(subject.ageing, subject.ventricle_individual)
+    centre_mm, std_mm = np.array(effects.VENTRICLES_MM)
+    points = effects.push(points, centre_mm, std_mm, growth)
+    radius_mm = effects.mass_radius_mm(subject.severities["mass"])
+    return effects.push(points, subject.mass_mm, effects.PUSH_RADII * radius_mm, effects.MASS_PUSH)
 
 
 def paint(template: Template, subject: Subject, contrast: str) -> np.ndarray:
@@ -190,18 +219,25 @@ def paint(template: Template, subject: Subject, contrast: str) -> np.ndarray:
     more_white, more_csf = (np.exp(interpolate(field, cells)[x, y, z]) for field in subject.folding)
     # a power above 1 brings back the edges that averaging many brains has blurred
     white, grey, csf = (p * np.sqrt(p) for p in (template.white * more_white, template.grey, template.csf * more_csf))
+    brain, severe = effects.Brain(template.brain_xyz, axes_mm), subject.severities
+    white, grey = effects.change_boundary(brain, white, grey, effects.boundary_detail(severe["sharpness"]))
     total = white + grey + csf
-    near_x, near_y, near_z = (
-        np.exp(-(((mm - centre) / std) ** 2) / 2).astype(np.float32)
-        for mm, centre, std in zip((np.abs(axes_mm[0]), *axes_mm[1:]), *HIPPOCAMPUS_MM)
-    )
-    lost = grey * (near_x[x] * near_y[y] * near_z[z]) * np.float32(subject.hippocampus_loss)
-    values = (white * look.white + (grey - lost) * look.grey + (csf + lost) * look.csf) / total
+    white, grey = white / total, grey / total
+    loss = effects.hippocampus_loss(subject.ageing, severe["atrophy"], subject.hippocampus_individual)
+    kept = 1 - np.float32(loss) * brain.near(*effects.HIPPOCAMPUS_MM, both_sides=True)
+    widening = effects.ventricle_widening(severe["atrophy"])
+    left = 1 - np.float32(widening) * template.near_csf * brain.near(*effects.VENTRICLES_MM)
+    for place_mm, share in zip(effects.REGIONS_MM, effects.region_losses(subject.region_severities)):
+        left *= 1 - np.float32(share) * brain.near(place_mm, effects.REGION_STD_MM)
+    white, grey = white * left, grey * kept * left
+    values = white * look.white + grey * look.grey + (1 - white - grey) * look.csf
     values += look.texture * template.texture
-    if subject.label_lesion:
-        dx, dy, dz = (((mm - centre) ** 2).astype(np.float32) for mm, centre in zip(axes_mm, LESION_MM))
-        inside_mm = subject.lesion_radius_mm - np.sqrt(dx[x] + dy[y] + dz[z])
-        values += np.clip(inside_mm + 0.5, 0, 1) * (look.lesion - values)
+    load, draws_mm = effects.lesion_load(severe["lesions"]), subject.lesion_draws_mm
+    for lesion_mm, radius_mm in effects.lesion_places(template.white_xyz(), template.affine, draws_mm, load):
+        effects.blend(values, brain, lesion_mm, radius_mm, look.lesion)
+    radius_mm = (1 - effects.MASS_PUSH) * effects.mass_radius_mm(severe["mass"])
+    effects.blend(values, brain, subject.mass_mm, effects.OEDEMA_RADII * radius_mm, look.oedema, white)
+    effects.blend(values, brain, subject.mass_mm, radius_mm, look.mass)
     image = np.zeros(template.shape_xyz, np.float32)
     image[x, y, z] = np.maximum(values, DARKEST_BRAIN)
     image[tuple(template.head_xyz)] = np.array(look, np.float32)[template.head_tissue]
