@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__, cli_data, cli_plan, cli_runs, cli_slurm
+from brainscale import __version__, cli_data, cli_plan, cli_runs, cli_slurm, cli_splits
 from brainscale.cli_bench import bench
 from brainscale.cli_embed import embed
 from brainscale.cli_export import export
@@ -49,6 +49,7 @@ Example: brainscale pretrain configs/mae_small_cpu.toml data.store=stores/phanto
 app.command(bench)
 app.command(embed)
 app.command(cli_runs.checkpoint)
+app.command(cli_splits.splits)
 app.command(cli_plan.plan)
 app.command(export)
 app.command(cli_slurm.submit)

@@ -1,17 +1,21 @@
 """Splits as files: tables that `splits make` writes, and id lists that others published."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from brainscale import id_lists
 from brainscale.provenance import write_text
 from brainscale.settings import InputError
-from brainscale.tasks import Labelled
+from brainscale.store import Store
+from brainscale.stores import Stores
+from brainscale.tasks import Labelled, SplitSettings, Task
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,64 @@ def write(path: Path, labelled: Labelled, splits: Sequence[Split]) -> None:
     writer.writerow(["subject_id", "scan_uid", "label", *columns])
     writer.writerows(zip(labelled.subjects, labelled.ids, label, *columns.values()))
     write_text(path, text.getvalue())
+
+
+def read_labelled(
+    lists: Sequence[tuple[str | Path, str]], store: Store | Stores | None = None
+) -> tuple[Labelled, list[Split], np.ndarray]:
+    """Lists alone as a task and its splits, to be looked at by `split_lint`: (task, splits, hash of each scan's file).
+
+    lists: (file, "train" or "test"), or one file with columns split, fold or repeat_1 … and "". Labels are its column
+    label. A scan is hashed where the column path or nii_file_path leads to a file. store: its rows in place of the
+    list's lines; scans that it lacks are left out.
+    """
+    tables = [(id_lists.read_list(file), side) for file, side in lists]
+    columns = ("label", "path", "nii_file_path", "site")
+    joined = {
+        name: np.concatenate([_or_empty(table, name) for table, _ in tables]) for name in columns
+    }  # fmt: skip
+    spelled: dict[id_lists.Subject, str] = {}
+    subjects = [
+        spelled.setdefault(name, subject) if name[1] else f"(unnamed) {scan}"
+        for table, _ in tables
+        for name, subject, scan in zip(table.names(), table.subjects.tolist(), table.scans.tolist())
+    ]
+    scans = np.concatenate([table.scans for table, _ in tables])
+    ids = np.where(scans == "", np.array([f"{subject} (line {at})" for at, subject in enumerate(subjects, 2)]), scans)
+    if len(lists) == 1 and not lists[0][1]:
+        sides = _columns_of_sides(tables[0][0])
+    else:
+        sides = {"holdout": np.concatenate([np.full(len(table.scans), side) for table, side in tables])}
+    rows, kept = np.full(len(ids), -1), np.arange(len(ids))
+    if store is not None:
+        row_of = {id_lists.scan_name(scan): row for scan, row in zip(store.column("id").tolist(), store.rows.tolist())}
+        rows = np.array([row_of.get(id_lists.scan_name(scan), -1) for scan in scans.tolist()])
+        kept = np.flatnonzero(rows >= 0)
+        if not len(kept):
+            raise InputError(
+                f'{lists[0][0]} names no scan of the store (it lists e.g. "{ids[0]}", the store has '
+                f'"{store.column("id")[0]}"); give the list that belongs to this store'
+            )
+    classes, y = np.unique(joined["label"][kept], return_inverse=True)
+    task = Task(name="lists", kind="multiclass", column="label", split=SplitSettings(kind="holdout"))
+    found = Labelled(
+        task, rows[kept], ids[kept], np.array(subjects, dtype=str)[kept], y, tuple(classes.tolist()),
+        joined["site"][kept], {"listed and not in the store": len(ids) - len(kept)} if len(kept) < len(ids) else {},
+        np.array(subjects, dtype=str)[kept],
+    )  # fmt: skip
+    splits = [Split(n, np.flatnonzero(s[kept] == "train"), np.flatnonzero(s[kept] == "test")) for n, s in sides.items()]
+    paths = np.where(joined["path"] == "", joined["nii_file_path"], joined["path"])[kept]
+    return found, splits, np.array([_file_hash(path) for path in paths.tolist()], dtype=str)
+
+
+def _or_empty(table: id_lists.IdList, name: str) -> np.ndarray:
+    column = table.column(name)
+    return np.full(len(table.scans), "", dtype=str) if column is None else column
+
+
+def _file_hash(path: str) -> str:
+    """Hash of a file's bytes; "" where there is none."""
+    if not path or not Path(path).is_file():
+        return ""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

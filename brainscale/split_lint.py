@@ -145,10 +145,11 @@ def _repeated(labelled: Labelled, splits: Sequence[Split]) -> list[Finding]:
     tested = [(len(s.test), len(set(labelled.subjects[s.test].tolist()))) for s in splits]
     scans, subjects = max(tested)
     most, number = counts.most_common(1)[0]
+    each = np.median(list(counts.values()))
     sentence = (
-        f"{len(used)} scans are of {len(counts)} subjects (median {np.median(list(counts.values())):g} each, {number} of "
-        f'"{most}"), the largest test set is {scans} scans of {subjects} subjects: n is the number of subjects; score per '
-        "subject, as `brainscale evaluate` does, and take no interval that counts scans"
+        f'{len(used)} scans are of {len(counts)} subjects (median {each:g} each, {number} of "{most}"), the largest '
+        f"test set is {scans} scans of {subjects} subjects: n is the number of subjects; score per subject, as "
+        "`brainscale evaluate` does, and take no interval that counts scans"
     )
     return [Finding("repeated_subject", "warning", sentence)]
 

@@ -37,12 +37,12 @@ ORDER = [
         "pages", "qc_scans", "qc_figures", "qc", "report_health", "score_file", "evaluation_words",
         "evaluation_figures", "report_evaluation", "run_doctor", "report", "report_compare", "doctor",
         "replay",
-        "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint",
+        "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint", "contamination",
         "export_formats", "export",
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
-        "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_plan", "cli_slurm", "cli",
+        "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_splits", "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -108,6 +108,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_runs",
         "brainscale.cli_plan",
         "brainscale.cli_slurm",
+        "brainscale.cli_splits",
         "brainscale.__main__",
         "brainscale_data_prep.to_zarr",
     }
