@@ -21,6 +21,7 @@ def phantom(
     spacing_mm: float | None = None,
     head: bool = False,
     confound: str = "",
+    report: bool = False,
 ) -> None:
     """Write a BIDS dataset of synthetic brains: deformed ICBM152 anatomy, five diseases with known effect sizes.
 
@@ -47,10 +48,13 @@ def phantom(
         Add skull, scalp and neck around the brain.
     confound
         LABEL=STRENGTH: this share (0 to 1) of subjects is scanned at a site that follows the label.
+    report
+        Also write effects.json and effects.png: each effect's radial power spectrum, and what it looks like.
     """
     from brainscale_data_prep.phantom import make
 
-    make(dest, subjects, seed, head, spacing_mm, tuple(contrasts.split(",")), confound=confound)
+    wanted = tuple(contrasts.split(","))
+    make(dest, subjects, seed, head, spacing_mm, wanted, confound=confound, report=report)
 
 
 def to_zarr(

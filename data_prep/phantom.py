@@ -4,6 +4,7 @@ The anatomy is the symmetric ICBM152 2009a template (Fonov et al. 2011, NeuroIma
 makes subjects differ is in `anatomy` and `effects`, who is how ill in `severity`, how it is measured in `scanners`.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.ndimage import gaussian_filter
 
 from brainscale.settings import InputError
-from brainscale_data_prep import anatomy, cohort_files, effects, nifti
+from brainscale_data_prep import anatomy, cohort_files, effect_report, effects, nifti
 from brainscale_data_prep.anatomy import CONTRASTS, Template
 from brainscale_data_prep.cohort_files import Person
 from brainscale_data_prep.scanners import SITES, scan
@@ -76,13 +77,14 @@ def make(
     contrasts: Sequence[str] = ("T1w",),
     workers: int | None = None,
     confound: str = "",
+    report: bool = False,
 ) -> None:
     """Write a BIDS dataset of synthetic brains to `dest`, one scan of every contrast per subject.
 
     The same arguments give the same bytes, whatever `workers` (threads; none: one per core, at most 4); a larger cohort
     begins with the same subjects. `spacing_mm`: isotropic voxel size, by default it varies. `confound`: "label_NAME=S",
-    the share S of subjects whose site follows that label. Raises InputError where `dest` exists and is not an empty
-    folder, and for arguments out of range. dataset_description.json is written last.
+    the share S of subjects whose site follows that label. `report`: effects.json and effects.png too. Raises InputError
+    where `dest` exists and is not an empty folder, and for arguments out of range. dataset_description.json comes last.
     """
     dest = Path(dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
@@ -122,12 +124,9 @@ def make(
             bar.advance(task)
             if not console.is_terminal and len(people) * 10 // subjects > (len(people) - 1) * 10 // subjects:
                 print(f"phantom: {len(people)}/{subjects} subjects", flush=True)
-    _describe(dest, people, head, follows)
-
-
-def _describe(dest: Path, people: list[Person], head: bool, confound: tuple[str, float] | None) -> None:
-    """The files at the root of the dataset; the description that makes it one comes last."""
-    cohort_files.write_people(dest, people, cohort_files.columns(confound))
+    cohort_files.write_people(dest, people, cohort_files.columns(follows))
+    if report:
+        effect_report.write(dest, template, seed, contrasts, json.loads((dest / "truth.json").read_text()))
     readme = cohort_files.README + (cohort_files.HEAD_README if head else "")
     (dest / "README").write_text(readme, encoding="utf-8")
     cohort_files.write_description(dest, "Synthetic brains on ICBM152 anatomy", "brainscale phantom")

@@ -129,6 +129,7 @@ def oracle(labels: Sequence[int], severities: Sequence[float]) -> Oracle:
         spread = 1 + others * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return (theta - auroc) ** 2 - z**2 * theta * (1 - theta) * spread / (ill.size * healthy.size)
 
-    low = 0.0 if auroc == 0 else float(brentq(beyond, 0, auroc))
-    high = 1.0 if auroc == 1 else float(brentq(beyond, auroc, 1))
+    inner = min(max(auroc, 1e-9), 1 - 1e-9)  # at 0 and 1 themselves the error is 0
+    low = 0.0 if auroc == 0 else float(brentq(beyond, 0, inner))
+    high = 1.0 if auroc == 1 else float(brentq(beyond, inner, 1))
     return Oracle(auroc, low, high)

@@ -21,7 +21,7 @@ ORDER = [
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
         "resampling", "preprocess", "pool", "ownership", "pseudonyms", "shards", "convert", "estimate", "verify",
-        "export", "severity", "effects", "anatomy", "scanners", "cohort_files", "phantom",
+        "export", "severity", "effects", "anatomy", "scanners", "cohort_files", "effect_report", "phantom",
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
