@@ -66,6 +66,7 @@ setup(
             "ruff",
             "mypy",
             "ome-zarr-models>=1.7",
+            "selenium>=4.20",
             "SimpleITK",
         ],
     },

@@ -79,7 +79,7 @@ def scale(values: Sequence[float | None], lines: Sequence[float | None] = (), mo
     """
     known = [value for value in (*values, *lines) if value is not None] or [0.0, 1.0]
     low, high = min(known), max(known)
-    pad = 0.03 * (high - low) or 0.05
+    pad = max(0.03 * (high - low), 0.01)
     ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - pad, high + pad)
     kept = [round(float(tick), 10) for tick in ticks]
     while most is not None and high <= most and len(kept) > 2 and kept[-2] >= most:
@@ -91,13 +91,18 @@ def scale(values: Sequence[float | None], lines: Sequence[float | None] = (), mo
 
 
 def few_shot(
-    points: Sequence[Shots], drawn_as: dict[str, Style], chance: float | None, label: str, name: str
+    points: Sequence[Shots], drawn_as: dict[str, Style], chance: float | None, labels: tuple[str, str], name: str
 ) -> Markup:
-    """Curves of a metric over the labelled subjects per class, an encoder each, with their intervals as bands."""
-    return chart(partial(_few_shot, points=points, drawn_as=drawn_as, chance=chance, label=label), name)
+    """Curves of a metric over the labelled subjects per class, an encoder each, with their intervals as bands.
+
+    labels: of the axes.
+    """
+    return chart(partial(_few_shot, points=points, drawn_as=drawn_as, chance=chance, labels=labels), name)
 
 
-def _few_shot(ax: Axes, points: Sequence[Shots], drawn_as: dict[str, Style], chance: float | None, label: str) -> None:
+def _few_shot(
+    ax: Axes, points: Sequence[Shots], drawn_as: dict[str, Style], chance: float | None, labels: tuple[str, str]
+) -> None:
     for encoder, (colour, dashes) in drawn_as.items():
         curve = sorted((p for p in points if p.encoder == encoder and p.value is not None), key=_shots)
         whole = [p for p in curve if p.low is not None and p.high is not None]
@@ -111,8 +116,8 @@ def _few_shot(ax: Axes, points: Sequence[Shots], drawn_as: dict[str, Style], cha
     ax.set_xscale("log", base=2)
     ax.set_xticks(shots, [f"{n:,}" for n in shots])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("labelled subjects per class")
-    ax.set_ylabel(label)
+    ax.set_xlabel(labels[0])
+    ax.set_ylabel(labels[1])
 
 
 def _shots(point: Shots) -> int:
@@ -162,10 +167,10 @@ def _scatter(found: Map, colours: Sequence[str], name: str) -> Markup:
         order = sorted(range(len(colours)), key=lambda at: colours[at] != QUIET)  # grey lies below
         ax.scatter([found.x[at] for at in order], [found.y[at] for at in order], s=5 if many else 14,
                    c=[colours[at] for at in order], alpha=0.8, linewidths=0, rasterized=many)  # fmt: skip
-        parts = [f" ({100 * part:.0f} % of the variance)" for part in found.explained]
+        parts = [f" ({100 * part:.0f} % of variance)" for part in found.explained]
         ax.set_xlabel("component 1" + (parts[0] if parts else ""))
         ax.set_ylabel("component 2" + (parts[1] if len(parts) > 1 else ""))
         ax.set_xticks([])
         ax.set_yticks([])
 
-    return chart(draw, name, height=3.4)
+    return chart(draw, name, height=2.9, width=3.2)

@@ -135,11 +135,12 @@ def png(pixels: np.ndarray, low: float, high: float, colours: Colormap) -> str:
 # ------------------------------------------------------------------------------------------------- charts
 
 
-def chart(draw: Callable[[Axes], Any], name: str, height: float = 2.7) -> Markup:
-    """An inline SVG of the axes that `draw` fills. Nothing of the user's text may be drawn: it is not escaped."""
+def chart(draw: Callable[[Axes], Any], name: str, height: float = 2.7, width: float = 4.6) -> Markup:
+    """An inline SVG of the axes that `draw` fills; the narrower (inches), the larger its text. Nothing of the
+    user's text may be drawn: it is not escaped."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

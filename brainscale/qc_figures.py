@@ -135,7 +135,7 @@ def histogram_rows(name: str, rows: dict[str, np.ndarray], groups: list[np.ndarr
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 200 * edges[0] else (1,)))
             ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_formatter(EngFormatter(sep="") if every.max() >= 1000 else "{x:.4g}")
         if log and (lost := int(np.sum(every <= 0))):
             ax.text(1, 1, f"{lost} values not above 0", transform=ax.transAxes, ha="right", va="top")
 

@@ -139,11 +139,11 @@ def differences(pairs: Sequence[Paired], metric: str) -> dict[str, Any]:
 def curves(number: int, task: TaskScores, drawn_as: dict[str, Style]) -> list[dict[str, Any]]:
     """A few-shot chart for every probe and metric."""
     kinds = sorted({(s.probe, s.metric) for s in task.few_shot}, key=lambda kind: (place(kind[0]), kind[1]))
-    found = []
+    found, across = [], "labelled subjects" + (" per class" if task.kind != "regression" else "")
     for at, (probe, metric) in enumerate(kinds):
         points = [s for s in task.few_shot if (s.probe, s.metric) == (probe, metric)]
         mine = {name: style for name, style in drawn_as.items() if name in {s.encoder for s in points}}
-        svg = few_shot(points, mine, chance(metric, task), METRICS[metric][0], f"few-{number}-{at}")
+        svg = few_shot(points, mine, chance(metric, task), (across, METRICS[metric][0]), f"few-{number}-{at}")
         found.append({"title": f"{METRICS[metric][0]}, {probe_name(probe)} probe", "chart": svg, "encoders": mine,
                       "draws": sorted({s.draws for s in points if s.draws})})  # fmt: skip
     return found
