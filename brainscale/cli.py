@@ -139,10 +139,12 @@ def pretrain(
 
 @app.command
 def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> None:
-    """Write the page of a run (RUN/report.html) or of a store (STORE.qc.html), or that of several runs side by side
-    (--out), and print its path.
+    """Write the page of a run (RUN/report.html), of a store (STORE.qc.html) or of scores (scores.html beside the
+    scores.json that `evaluate` wrote), or that of several runs side by side (--out), and print its path.
 
     Example: brainscale report runs/a
+
+    Example: brainscale report runs/a/evaluation/scores.json
 
     Example: brainscale report runs/mae runs/jepa --out runs/compared.html
 
@@ -151,9 +153,9 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
     more_runs
         Runs to compare with the first.
     out
-        Page of the comparison, FILE.html.
+        Page of the comparison, or of scores, FILE.html.
     """
-    from brainscale import qc, report_compare
+    from brainscale import qc, report_compare, report_evaluation, score_file
     from brainscale.report import write
     from brainscale.store_files import COMPLETE, PLAN
 
@@ -161,6 +163,9 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
         if out is None:
             raise InputError("several runs make a page of their own; say where with --out FILE.html")
         print(report_compare.write((run_or_store, *more_runs), out))
+        return
+    if run_or_store.suffix == ".json" or (run_or_store / score_file.NAME).is_file():
+        print(report_evaluation.write(run_or_store, out))
         return
     if out is not None:
         raise InputError("--out is for several runs; the page of one run is RUN/report.html, of a store STORE.qc.html")
