@@ -7,7 +7,8 @@ Young 1993, Resampling-Based Multiple Testing). How well a label is told is the 
 regression on left-out subjects.
 
 Only what is decided before anatomy is imaged counts as acquisition: site, contrast, grid, how values are coded, how the
-brain was found. Means and deviations of intensity are left out, since disease changes them too.
+brain was found. Means and deviations of intensity are left out, since disease changes them too, and so are shapes that
+differ from scan to scan, as those of files that were cut around each brain.
 """
 
 import base64
@@ -70,9 +71,11 @@ def columns_of(labelled: Labelled, store: Store | Stores) -> dict[str, np.ndarra
         "source axes": np.array([_axes(np.reshape(affine, (4, 4))) for affine in store.column("affine_source")[at]]),
     }
     for name, source in (("source spacing", "spacing_source_mm_xyz"), ("source shape", "shape_source_xyz")):
-        values = store.column(source)[at].astype(float)
-        found |= {f"{name} {axis}": np.round(values[:, number], 2) for number, axis in enumerate("xyz")}
-    found |= _grey_levels(labelled.rows, store)
+        values = np.round(store.column(source)[at].astype(float), 2)
+        if name == "source shape" and max(len(np.unique(axis)) for axis in values.T) > CATEGORIES:
+            continue  # files cut around each head: their shape is its size, not a choice at the scanner
+        found |= {f"{name} {axis}": values[:, number] for number, axis in enumerate("xyz")}
+    found |= _grey_levels(labelled.rows, scale, store)
     for name in participant_names(store):
         if PARTICIPANT.search(name) and name not in (labelled.task.column, site_column(labelled.task, store)):
             found[name] = np.array([value or "" for value in store.column(f"participant_{name}")[at].tolist()])
@@ -179,15 +182,19 @@ def _axes(affine: np.ndarray) -> str:
     return "".join("LPI RAS"[axis + 4 * int(affine[axis, k] > 0)] for k, axis in enumerate(strongest.tolist()))
 
 
-def _grey_levels(rows: np.ndarray, store: Store | Stores) -> dict[str, np.ndarray]:
-    """Step between stored grey levels, and whether they are few, in a box amid each scan. Not of stored float32."""
+def _grey_levels(rows: np.ndarray, scales: np.ndarray, store: Store | Stores) -> dict[str, np.ndarray]:
+    """Of a box amid each scan: the step between grey levels, where they lie on a grid that is coarser than the stored
+    codes ("" where not), and whether they are few. Not of stored float32."""
     if store.dtype.kind == "f":
         return {}
     z, y, x = (min(size, box) for size, box in zip(store.volume_zyx, BOX_ZYX))
-    corner = tuple((size - box) // 2 for size, box in zip(store.volume_zyx, (z, y, x)))
+    cz, cy, cx = ((size - box) // 2 for size, box in zip(store.volume_zyx, (z, y, x)))
     steps, few = [], []
-    for row in rows.tolist():
-        levels = np.unique(store.crop(row, corner, (z, y, x)))  # type: ignore[arg-type]
-        steps.append(float(np.gcd.reduce(np.diff(levels.astype(np.int64)))) if len(levels) > 1 else 0.0)
+    for row, scale in zip(rows.tolist(), scales.tolist()):
+        levels = np.unique(store.crop(row, (cz, cy, cx), (z, y, x))).astype(np.int64)
+        gaps = np.diff(levels) if len(levels) > 1 else np.ones(1)
+        middle = float(np.median(gaps))
+        on_grid = middle > 1 and np.quantile(gaps, 0.01) > middle / 2  # chance gaps are often of one code
+        steps.append(f"{gaps[gaps <= 1.5 * middle].mean() * scale:.2g}" if on_grid else "")
         few.append(f"{'at most' if len(levels) <= FEW_LEVELS else 'over'} {FEW_LEVELS}")
     return {"grey-level step": np.array(steps), "grey levels": np.array(few)}

@@ -57,7 +57,7 @@ class Task(Model):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["binary", "multiclass", "regression"]
     column: str
-    """Participant column, without "participant_"."""
+    """Participant column, without "participant_"; upper and lower case are the same."""
     labels: dict[str, list[Value]] = Field(default={})
     """Class → the values that mean it, in the order of the classes; of two, the last is the positive one. Without it
     every value is a class of its own, in alphabetical order."""

@@ -119,7 +119,7 @@ def site_column(task: Task, store: Store | Stores) -> str:
     the store lacks."""
     if task.site_column:
         _participant(store, task.site_column, f'task "{task.name}": site_column')
-        return task.site_column
+        return task.site_column if task.site_column in participant_names(store) else task.site_column.lower()
     names = participant_names(store)
     return next((name for name in SITES if name in names), "")
 
@@ -142,8 +142,8 @@ def _sites(task: Task, store: Store | Stores) -> np.ndarray:
 
 def _participant(store: Store | Stores, name: str, whose: str) -> np.ndarray:
     """A participant column as canonical strings."""
-    try:
-        values = store.column(f"participant_{name}")
+    try:  # conversion writes the names of columns in lower case
+        values = store.column(f"participant_{name if name in participant_names(store) else name.lower()}")
     except InputError as error:
         raise InputError(
             f'{whose} asks for the participant column "{name}": {error}; convert with --participants {name},… to keep '
