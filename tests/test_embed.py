@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -218,7 +220,7 @@ def test_a_store_of_another_plan_is_refused(brains, tmp_path, capsys):
 
 def test_plans_of_the_largest_scan_use_the_volumes_that_the_encoder_saw(bids, tmp_path, capsys):
     identity = load(Plan, ROOT / "configs/prep/identity.toml")
-    assert plan_grid_xyz(identity, (24, 32, 24)) == (24, 32, 24) and plan_grid_xyz(PLAN, (8, 8, 8)) == GRID_XYZ
+    assert plan_grid_xyz(identity, (16, 32, 24)) == (24, 32, 16) and plan_grid_xyz(PLAN, (8, 8, 8)) == GRID_XYZ
     folder = write_export(tmp_path / "a", encoder_for(identity, (24, 32, 24)))
     out = tmp_path / "f.parquet"
     assert brainscale("embed", folder, bids / "sub-0/anat/sub-0_T1w.nii.gz", "--out", out) == 0
@@ -261,6 +263,11 @@ def test_the_transformer_leaves_no_scan_out(bids, exported):
 
 
 # ------------------------------------------------------------------------------------------------ real runs and data
+
+
+def test_features_need_no_deepspeed_and_no_triton():
+    code = "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'triton')); import brainscale.volume_embedder"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow

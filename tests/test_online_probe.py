@@ -1,5 +1,6 @@
 """The probe of the encoder while it trains: who is in it, what it writes, and that the run does not notice."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from brainscale import checkpoint_files, metrics, run_folder
 from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.features import embed
+from brainscale.layers import initialise
+from brainscale.mae import Mae
 from brainscale.online_probe import OnlineProbe
 from brainscale.pretrained import from_run
 from brainscale.reader import Reader
@@ -114,15 +117,32 @@ def test_nobody_is_on_both_sides_and_each_subject_counts_once(labelled, tiny_con
 @pytest.mark.parametrize("kind", ["knn", "linear"])
 def test_it_finds_what_features_hold_and_nothing_in_noise(labelled, tiny_config, kind):
     probe = probe_of(open_store(labelled), tiny_config, f'probe.kind="{kind}"')
-    random = np.random.default_rng(0)
-    noise = random.standard_normal((len(probe.rows), 6))
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((len(probe.rows), 6))
     told = noise + 4 * (probe.y[:, None] == 1)
     assert probe.scores(told)["probe_auroc"] == 1
-    many = [probe.scores(random.standard_normal(noise.shape))["probe_auroc"] for _ in range(20)]
+    many = [probe.scores(rng.standard_normal(noise.shape))["probe_auroc"] for _ in range(20)]
     assert 0.35 < np.mean(many) < 0.65
     broken = noise.copy()
     broken[0, 0] = np.nan
     assert set(probe.scores(broken).values()) == {None}
+
+
+def test_looking_leaves_the_model_and_all_random_numbers_as_they_were(labelled, tiny_config, tmp_path):
+    probe, settings = probe_of(open_store(labelled), tiny_config), load(Config, tiny_config, SHORT)
+    model = Mae(settings, probe.reader.volume_zyx)
+    torch.manual_seed(1)
+    initialise(model, torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    writer = metrics.Writer(tmp_path, 0)
+    probe.look(model, 3, writer, False, lambda _: None)
+    writer.close()
+    assert scores_of(tmp_path)[3].keys() == {"probe_auroc", "probe_auprc", "probe_balanced_accuracy"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
+    assert (states[1] == np.random.get_state()[1]).all()
 
 
 def test_a_number_is_regressed_on(labelled, tiny_config):
