@@ -38,6 +38,7 @@ ORDER = [
         "evaluation_figures", "report_evaluation", "run_doctor", "report", "report_compare", "doctor",
         "replay",
         "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint", "contamination",
+        "baselines", "small_cnn", "fit", "deep_probes",
         "export_formats", "export",
     )),
     "brainscale_slurm.submit",
