@@ -1,4 +1,4 @@
-"""The commands from NIfTI to a store and back: phantom, to-zarr, export-nifti; and doctor, also of runs."""
+"""The commands from NIfTI to a store and back: to-zarr, export-nifti; and doctor, also of runs."""
 
 import os
 import signal
@@ -9,52 +9,6 @@ from pathlib import Path
 from brainscale.prep_plan import Plan
 from brainscale.settings import InputError, load
 from brainscale.store_files import read_plan
-
-
-def phantom(
-    dest: Path,
-    /,
-    *,
-    subjects: int = 24,
-    seed: int = 0,
-    contrasts: str = "T1w",
-    spacing_mm: float | None = None,
-    head: bool = False,
-    confound: str = "",
-    report: bool = False,
-) -> None:
-    """Write a BIDS dataset of synthetic brains: deformed ICBM152 anatomy, five diseases with known effect sizes.
-
-    The labels are label_atrophy, label_lesions, label_sharpness, label_mass and label_distributed; truth.tsv holds the
-    severity behind each, whose AUROC no classifier can beat on average.
-
-    Example: brainscale phantom data/phantom --subjects 24 --seed 0 --contrasts T1w,FLAIR
-
-    Example: brainscale phantom data/confounded --subjects 80 --confound label_mass=0.8
-
-    Parameters
-    ----------
-    dest
-        Folder to make; must be absent or empty.
-    subjects
-        Number of subjects, one session each.
-    seed
-        The same seed gives the same bytes; a larger cohort begins with the same subjects.
-    contrasts
-        Comma-separated BIDS suffixes among T1w, T2w, FLAIR, PDw; every subject gets one scan of each.
-    spacing_mm
-        Isotropic voxel size; by default it varies from scan to scan.
-    head
-        Add skull, scalp and neck around the brain.
-    confound
-        LABEL=STRENGTH: this share (0 to 1) of subjects is scanned at a site that follows the label.
-    report
-        Also write effects.json and effects.png: each effect's radial power spectrum, and what it looks like.
-    """
-    from brainscale_data_prep.phantom import make
-
-    wanted = tuple(contrasts.split(","))
-    make(dest, subjects, seed, head, spacing_mm, wanted, confound=confound, report=report)
 
 
 def to_zarr(

@@ -22,6 +22,7 @@ ORDER = [
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",
         "resampling", "preprocess", "pool", "ownership", "pseudonyms", "shards", "convert", "estimate", "verify",
         "export", "severity", "effects", "anatomy", "scanners", "cohort_files", "effect_report", "phantom",
+        "nifti_copy", "planting", "planted_dataset",
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
@@ -43,6 +44,7 @@ ORDER = [
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
+        "cli_phantom",
         "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_splits", "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
@@ -103,6 +105,7 @@ def test_only_the_commands_import_inside_functions():
     allowed = {
         "brainscale.cli",
         "brainscale.cli_data",
+        "brainscale.cli_phantom",
         "brainscale.cli_embed",
         "brainscale.cli_export",
         "brainscale.cli_bench",
