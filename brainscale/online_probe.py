@@ -2,8 +2,9 @@
 
 One scan of each subject, fixed for the run. The probe learns from training subjects and is tested on held-out ones,
 whose scans the encoder never saw; predictors and metrics are those of `probes.py` and `scores.py`. It looks at the run
-and leaves nothing in it: weights, states and random numbers stay what they are. One number of few subjects is coarse:
-what a run is worth is for `brainscale evaluate`.
+and leaves nothing in it: weights, states and random numbers stay what they are. Step 0 is the random encoder, which
+knows brain volume already: a score means something beside it. One number of few subjects is coarse; what a run is worth
+is for `brainscale evaluate`.
 """
 
 import math
