@@ -120,22 +120,23 @@ def _cell(value: Any) -> str:
 
 
 def _put_whole(directory: Path, contents: dict[str, bytes]) -> None:
-    """Write a directory beside its place, flush it to disk, and rename it there."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    """Write a directory beside its place, flush it to disk, and rename it there; nothing is left behind otherwise.
+
+    Raises InputError with what the system says, of a full disk for example.
+    """
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         for name, content in contents.items():
             with (temporary / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         _fsync(temporary)
-        try:
-            temporary.rename(directory)  # over an empty folder too
-        except OSError as error:
-            raise InputError(f"{directory} cannot be put in place ({error.strerror}); give another folder") from None
+        temporary.rename(directory)  # over an empty folder too
         _fsync(directory.parent)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written ({error.strerror}); make room, or give another one") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

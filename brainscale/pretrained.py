@@ -6,6 +6,7 @@ DeepSpeed or Triton.
 Letters: B batch, N tokens, C width, L layers, Z Y X voxels.
 """
 
+import importlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from brainscale import checkpoint_files as files
 from brainscale.config import Config, ModelSettings
-from brainscale.encoder_files import Contract, one_line, read_export, read_tensors
+from brainscale.encoder_files import CONFIG, WEIGHTS, Contract, one_line, read_export, read_tensors
 from brainscale.geometry import Zyx, patchify, token_grid
 from brainscale.layers import initialise
 from brainscale.model_counts import encoder_sizes, model_flops, tokens_of
@@ -104,9 +105,25 @@ class Pretrained(nn.Module):
             )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Pretrained":
-        """The same as `load_encoder`, under the name that Hugging Face's libraries use."""
-        return load_encoder(directory)
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Pretrained":
+        """An export directory, or one of a repository on the Hugging Face hub ("owner/name", at a branch, tag or
+        commit), which takes the package huggingface_hub; only config.json and the weights are fetched. Raises as
+        `load_encoder`."""
+        if Path(name).exists():
+            return load_encoder(name)
+        try:
+            fetch = importlib.import_module("huggingface_hub").snapshot_download
+            folder = fetch(str(name), revision=revision, allow_patterns=[CONFIG, WEIGHTS])
+        except ImportError:
+            raise InputError(
+                f"{name} is no folder; give an export directory, or pip install huggingface_hub to fetch from the hub"
+            ) from None
+        except (OSError, ValueError) as error:  # what huggingface_hub raises
+            raise InputError(
+                f"{name} is no folder, and cannot be fetched from the hub ({one_line(error)}); give an export "
+                "directory or the name of a repository"
+            ) from None
+        return load_encoder(folder)
 
     def _like(self, other: "Pretrained", weights: files.Tensors) -> "Pretrained":
         """`other` with these weights, where and of the type that this one is."""
@@ -126,15 +143,15 @@ def from_run(run_dir: str | Path, part: str = "encoder") -> Pretrained:
     try:
         config = Config.model_validate(state.config)
         store = json.loads((run / "run.json").read_text(encoding="utf-8"))["store"]
-        plan = Plan.model_validate(store["plan"])
+        plan, plan_hash = Plan.model_validate(store["plan"]), str(store["plan_hash"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the settings of {run} cannot be read ({type(error).__name__}: {one_line(error)}); restore its run.json "
             "and checkpoint, or use the version of brainscale that trained it"
         ) from None
-    if plan.hash() != state.plan_hash:
+    if plan_hash != state.plan_hash:  # as recorded: a later version may count more settings
         raise InputError(
-            f"{run / 'run.json'} tells of a store with plan {plan.hash()[:8]}, and {path.name} was trained on plan "
+            f"{run / 'run.json'} tells of a store with plan {plan_hash[:8]}, and {path.name} was trained on plan "
             f"{state.plan_hash[:8]}; restore the run.json of that training, or train on until the next checkpoint"
         )
     parts = ("encoder", "teacher") if config.objective == "jepa" else ("encoder",)

@@ -1,6 +1,8 @@
 """Handing an encoder over: what is written, that it loads anywhere, and that nothing else is taken for it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -187,6 +189,41 @@ assert not {"deepspeed", "triton", "brainscale_kernels"} & set(sys.modules)
     assert finished.returncode == 0, finished.stderr
     found = torch.load(tmp_path / "features.pt", weights_only=True)
     torch.testing.assert_close(found, from_run(unbroken)(VOLUMES).detach(), atol=1e-5, rtol=0)
+
+
+def test_a_full_disk_leaves_nothing_behind(unbroken, small_disk):
+    (small_disk / "filler").write_bytes(bytes(4 * 1024 * 1024 - 64 * 1024))
+    with pytest.raises(InputError, match=r"cannot be written .No space left on device.; make room"):
+        export(unbroken, small_disk / "a")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_the_hub_by_name(exported, tmp_path, monkeypatch):
+    """A repository in huggingface_hub's cache, as a download leaves it, without a network."""
+    pytest.importorskip("huggingface_hub", reason="optional: pip install huggingface_hub")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--someone--brains"
+    shutil.copytree(exported, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    code = """
+import sys
+from brainscale.pretrained import Pretrained
+from brainscale.settings import InputError
+print(Pretrained.from_pretrained("someone/brains").about["step"])
+for name in ("someone/else", "no/such/name"):
+    try:
+        Pretrained.from_pretrained(name)
+    except InputError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "40" and len(lines) == 3
+    assert all("cannot be fetched from the hub" in line for line in lines[1:])
 
 
 def test_rotary_positions_do_not_go_to_other_libraries(unbroken, tmp_path):

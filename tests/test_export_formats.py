@@ -1,16 +1,20 @@
 """The encoder in MONAI's ViT, the real one, and under timm's names: the same features, or a refusal that says why."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
 
-from brainscale import encoder_files
+from brainscale import encoder_files, load_encoder
 from brainscale.config import ModelSettings
+from brainscale.export import export
 from brainscale.export_formats import NORM_EPS, monai_tensors, timm_arguments, timm_tensors, to_monai
 from brainscale.prep_plan import Plan
-from brainscale.pretrained import Pretrained
+from brainscale.pretrained import Pretrained, from_run
 from brainscale.settings import InputError
 
 VOLUME_ZYX = (16, 24, 8)
@@ -108,3 +112,36 @@ def test_timm_names():
     wanted |= {f"blocks.{k}.{name}": shape for k in range(3) for name, shape in block.items()}
     assert {name: tuple(t.shape) for name, t in timm_tensors(encoder).items()} == wanted
     assert all(m.eps == NORM_EPS for m in encoder.modules() if isinstance(m, nn.LayerNorm))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_store, tiny_config, tmp_path_factory) -> Path:
+    """A run of two steps with fixed positions."""
+    run = tmp_path_factory.mktemp("formats") / "run"
+    more = ("train.num_steps=3", 'model.position="sincos"')
+    run_ranks("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={run}", *more, logs=run.parent / "logs")
+    return run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["brainscale", "monai", "timm"])
+def test_the_lines_of_the_card_work(form, run, tmp_path):
+    if form == "monai":
+        monai_vit()
+    folder = export(run, tmp_path / form, form=form)
+    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    volumes = torch.randn((2, 16, 24, 16), generator=torch.Generator().manual_seed(5))
+    names = {"volumes": volumes}
+    exec(lines.replace("DIR", str(folder)), names)
+    encoder = from_run(run)
+    if form == "brainscale":
+        assert torch.equal(names["features"], encoder(volumes))
+        return
+    if form == "monai":
+        torch.testing.assert_close(names["tokens"], encoder.tokens(volumes)[0], atol=1e-4, rtol=0)
+    else:
+        assert names["tensors"].keys() == timm_tensors(encoder).keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["contract"]["plan_hash"] == encoder.contract.plan_hash
+    with pytest.raises(InputError, match='its "format" is not "brainscale-encoder"'):
+        load_encoder(folder)
