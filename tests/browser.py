@@ -64,6 +64,10 @@ def requests(browser: WebDriver) -> list[str]:
 
 def screenshot(browser: WebDriver, name: str) -> bytes:
     """The whole page as PNG; kept under this name where SCREENSHOTS says so."""
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    width = browser.execute_script("return window.innerWidth")
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # so that nothing waits to be scrolled to
     picture = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     data = base64.b64decode(picture["data"])
     if SCREENSHOTS:

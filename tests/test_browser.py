@@ -90,6 +90,12 @@ def test_nothing_is_cut_off_or_too_wide(name, width, pages, window):
     assert window.execute_script(CUT) == []
 
 
+def test_the_table_of_runs_needs_no_scrolling_on_a_wide_screen(pages, window):
+    chromium.open_page(window, pages["compare"])
+    broad = window.find_element(By.CSS_SELECTOR, ".broad")
+    assert broad.get_property("scrollWidth") == broad.get_property("clientWidth")
+
+
 def test_dark_pages_are_dark(pages, window):
     for name in NAMES:
         chromium.open_page(window, pages[name], 1280, dark=True)
