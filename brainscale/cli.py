@@ -157,7 +157,7 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
     out
         Page of the comparison, or of scores, FILE.html.
     """
-    from brainscale import qc, report_compare, report_evaluation, score_file
+    from brainscale import qc, report_compare, report_comparison, report_evaluation, score_file
     from brainscale.report import write
     from brainscale.store_files import COMPLETE, PLAN
 
@@ -165,6 +165,9 @@ def report(run_or_store: Path, /, *more_runs: Path, out: Path | None = None) -> 
         if out is None:
             raise InputError("several runs make a page of their own; say where with --out FILE.html")
         print(report_compare.write((run_or_store, *more_runs), out))
+        return
+    if run_or_store.name == report_comparison.NAME or (run_or_store / report_comparison.NAME).is_file():
+        print(report_comparison.write(run_or_store, out))
         return
     if run_or_store.suffix == ".json" or (run_or_store / score_file.NAME).is_file():
         print(report_evaluation.write(run_or_store, out))

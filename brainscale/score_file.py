@@ -3,14 +3,13 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from brainscale.settings import InputError
 
 NAME = "scores.json"
-SCHEMA = 1
 
 
 def finite(value: Any) -> Any:
@@ -172,16 +171,23 @@ class Scores(Part):
 
 def read(path: Path) -> Scores:
     """scores.json, or that of a folder. Raises InputError with one sentence when it is absent or is none."""
-    file = path / NAME if path.is_dir() else path
+    return parse(Scores, path / NAME if path.is_dir() else path, "brainscale evaluate")
+
+
+P = TypeVar("P", bound=Part)
+
+
+def parse(model: type[P], file: Path, command: str) -> P:
+    """A file that `command` wrote. Raises InputError with one sentence when it is absent or is none."""
     if not file.is_file():
-        raise InputError(f"{file} does not exist; `brainscale evaluate` writes it")
-    again = "write it again with `brainscale evaluate`"
+        raise InputError(f"{file} does not exist; `{command}` writes it")
     try:
-        return Scores.model_validate(json.loads(file.read_bytes()))
+        return model.model_validate(json.loads(file.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{file} is no record of scores ({where + ': ' if where else ''}{what}); {again}") from None
+        said = f"{where}: {what}" if where else what
+        raise InputError(f"{file} is not what `{command}` writes ({said}); write it again") from None
     except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); {again}") from None
+        raise InputError(f"{file} is not valid JSON ({error}); write it again with `{command}`") from None

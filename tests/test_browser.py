@@ -12,10 +12,11 @@ from matplotlib.image import imread
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from test_qc import odd
+from test_report_comparison import record as comparison
 from test_report_evaluation import record
 from test_report_health import write_run
 
-from brainscale import qc, report, report_compare, report_evaluation
+from brainscale import qc, report, report_compare, report_comparison, report_evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -55,17 +56,19 @@ def pages(unbroken, tmp_path_factory):
     (run / "evaluation" / "scores.json").write_text(json.dumps(record()))
     probes = [{"step": step, "probe_auroc": 0.5 + step / 200} for step in (0, 20, 40, 60)]
     runs = [write_run(folder / "mae", "mae"), write_run(folder / "a much longer name of a run, jepa", lines=probes)]
+    (folder / "compare.json").write_text(json.dumps(comparison()))
     store = write_tiny_store(folder / "store", change=odd)
     return {
         "run": report.write(run),
         "jepa": report.write(runs[1]),
-        "compare": report_compare.write([*runs, run], folder / "compare.html"),
+        "compare": report_compare.write([*runs, run], folder / "runs.html"),
         "evaluation": report_evaluation.write(run / "evaluation"),
+        "comparison": report_comparison.write(folder / "compare.json"),
         "qc": qc.write(store),
     }
 
 
-NAMES = ("run", "jepa", "compare", "evaluation", "qc")
+NAMES = ("run", "jepa", "compare", "evaluation", "comparison", "qc")
 
 
 @pytest.mark.parametrize("name", NAMES)

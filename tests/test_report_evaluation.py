@@ -385,8 +385,8 @@ def broken(change):
     ("text", "sentence"),
     [
         ("{", r"scores\.json is not valid JSON"),
-        ("[]", r"scores\.json is no record of scores"),
-        (broken(lambda d: d.update(schema=2)), r"no record of scores \(schema: "),
+        ("[]", r"scores\.json is not what `brainscale evaluate` writes"),
+        (broken(lambda d: d.update(schema=2)), r"writes \(schema: "),
         (broken(lambda d: d["tasks"][1].update(kind="ordinal")), r"\(tasks\.1\.kind: "),
         (broken(lambda d: d["tasks"][0]["scores"][3].update(encoder="mea")), r"'mea' is not among the encoders"),
         (broken(lambda d: d["encoders"][0].update(name="random")), r"two encoders are called 'random'"),
