@@ -356,7 +356,8 @@ JEPA = ('objective="jepa"', "jepa.predictor_width=12", "jepa.predictor_depth=1",
 @pytest.mark.parametrize("more", [(), JEPA] if FULL else [JEPA])
 def test_zero_3_on_two_ranks_exports_what_zero_1_on_one_does(more, tiny_store, tiny_config, tmp_path):
     """A checkpoint that was put into engines of two ranks at stage 3, and saved by them, exports the same bits. The
-    same training on two ranks at stage 3 adds gradients in another order, so it agrees as far as fp32 sums do."""
+    same training on two ranks at stage 3 adds gradients in another order, so it agrees as far as fp32 sums do:
+    3e-6 was measured, in steps that move weights by 2e-2."""
     common = (f"data.store={tiny_store}", "train.num_steps=12", "train.micro_batch_volumes=2", *more)
     ends = {}
     for ranks, stage in ((1, 1), (2, 3)):
@@ -377,8 +378,6 @@ def test_zero_3_on_two_ranks_exports_what_zero_1_on_one_does(more, tiny_store, t
         assert (one / "model.safetensors").read_bytes() == (three / "model.safetensors").read_bytes()
         weights, other = (load_file(folder / "model.safetensors") for folder in (one, apart))
         for name, value in weights.items():
-            torch.testing.assert_close(
-                other[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            torch.testing.assert_close(other[name], value, atol=2e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
         with torch.no_grad():
-            torch.testing.assert_close(load_encoder(apart)(VOLUMES), load_encoder(one)(VOLUMES), atol=1e-3, rtol=0)
+            torch.testing.assert_close(load_encoder(apart)(VOLUMES), load_encoder(one)(VOLUMES), atol=5e-5, rtol=0)
