@@ -55,7 +55,6 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
-        "hub": ["huggingface_hub>=0.34"],
         "peers": ["monai>=1.5.2", "torchio>=1.0", "SimpleITK>=2.4", "nifti-zarr>=1.0.0rc8"],
         "trackers": ["wandb>=0.19", "mlflow-skinny>=3,<4", "sqlalchemy>=2,<3", "alembic>=1.13"],
         "viewers": ["napari-ome-zarr>=0.10"],
