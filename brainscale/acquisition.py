@@ -85,13 +85,15 @@ def columns_of(labelled: Labelled, store: Store | Stores) -> dict[str, np.ndarra
     return {name: values for name, values in texts.items() if len(set(values.tolist())) > 1}
 
 
-def follows(labelled: Labelled, columns: dict[str, np.ndarray], seed: int = 0) -> list[Column]:
-    """Every column, and all together where there are several, by evidence; empty where nothing can be said (no column,
-    fewer than 3 subjects of a class or 12 in all)."""
+def follows(labelled: Labelled, columns: dict[str, np.ndarray], level: float, seed: int = 0) -> list[Column] | None:
+    """The columns, and all together where there are several, that the label follows at p < level, best score first;
+    none where nothing can be said (fewer than 3 subjects of a class or 12 in all)."""
     subjects, inverse = np.unique(labelled.subjects, return_inverse=True)
     y = _of_subjects(labelled, inverse)
     fewest = np.bincount(y, minlength=len(labelled.classes)).min() if labelled.classes else len(subjects)
-    if not columns or len(subjects) < 4 * FEWEST or fewest < FEWEST:
+    if len(subjects) < 4 * FEWEST or fewest < FEWEST:
+        return None
+    if not columns:
         return []
     blocks = {name: _shares(values, inverse, len(subjects)) for name, values in columns.items()}
     if len(blocks) > 1:
@@ -102,9 +104,11 @@ def follows(labelled: Labelled, columns: dict[str, np.ndarray], seed: int = 0) -
     evidence = np.stack([_evidence(_basis(block), targets[orders]) for block in blocks.values()])
     p = (evidence.max(axis=0) >= evidence[:, :1] - 1e-9).mean(axis=1)
     found = [
-        Column(name, _score(block, y, labelled.classes), float(p[k])) for k, (name, block) in enumerate(blocks.items())
+        Column(name, _score(block, y, labelled.classes), float(p[k]))
+        for k, (name, block) in enumerate(blocks.items())
+        if p[k] < level
     ]
-    return sorted(found, key=lambda column: (column.p, -column.score))
+    return sorted(found, key=lambda column: -column.score)
 
 
 def _of_subjects(labelled: Labelled, inverse: np.ndarray) -> np.ndarray:

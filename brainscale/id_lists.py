@@ -25,7 +25,7 @@ COHORTS = {
     "NACC": (r"NACC(\d{6})(?!\d)",),
     "OASIS": (r"OAS([1-4]\d{4})(?!\d)",),
     "UCSF-PDGM": (r"UCSFPDGM0*(\d+)",),
-    "BraTS": (r"BRATS([A-Z]{2,4}\d{5})(?!\d)", r"BRATS20\d\d(\d{5})(?!\d)"),
+    "BraTS": (r"BRATS([A-Z]{2,4}\d{5})", r"BRATS20\d\d(\d{5})"),
     "IXI": (r"IXI(\d{3})(?!\d)",),
     "ABIDE": (r"^00((?:28|29|30|50|51)\d{3})$",),
     "PPMI": (r"^PPMI0*(\d+)$",),
@@ -99,7 +99,7 @@ def cohort_of_file(path: Path) -> str:
     """The one cohort that a file's name, or else that of its folder, speaks of; "" for none or several."""
     for name in (path.stem, path.parent.name):
         words = set(re.findall(r"[A-Z]+", name.upper()))
-        if len(found := {cohort for word, cohort in FILE_NAMES.items() if word.split("-")[0] in words}) == 1:
+        if len(found := {cohort for word, cohort in FILE_NAMES.items() if word.upper().split("-")[0] in words}) == 1:
             return found.pop()
     return ""
 

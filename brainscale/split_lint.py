@@ -215,17 +215,15 @@ def _sites(labelled: Labelled, splits: Sequence[Split]) -> list[Finding]:
 
 def _acquisition(labelled: Labelled, columns: dict[str, np.ndarray]) -> list[Finding]:
     """Labels that the acquisition tells."""
-    told = acquisition.follows(labelled, columns)
+    found = acquisition.follows(labelled, columns, LEVEL_P)
     subjects = len(set(labelled.subjects.tolist()))
-    if columns and not told:
+    if columns and found is None:
         sentence = f"{subjects} subjects are too few to say whether labels follow {some(sorted(columns))}"
         return [Finding("acquisition_not_checked", "note", sentence)]
-    found = [column for column in told if column.p < LEVEL_P]
     if not found:
         return []
     score, limit = ("AUROC", TOLD_AUROC) if labelled.classes else ("R² of ranks", TOLD_R2)
-    best = max(found, key=lambda column: column.score)
-    strongest = next((c for c in sorted(found, key=lambda c: -c.score) if c.name != acquisition.TOGETHER), best)
+    strongest = next((column for column in found if column.name != acquisition.TOGETHER), found[0])
     others = [f"{c.name} {c.score:.2f}" for c in found if c is not strongest]
     example = "" if strongest.name == acquisition.TOGETHER else f", {_shares_text(labelled, columns[strongest.name])}"
     sentence = (
@@ -234,7 +232,7 @@ def _acquisition(labelled: Labelled, columns: dict[str, np.ndarray]) -> list[Fin
         f"{subjects} subjects{example})" + (f", and so do {some(others)}" if others else "")
     )
     advice = "; compare scores with these, or keep scans of one kind with where, or balance the classes in each kind"
-    severity: Literal["error", "warning"] = "error" if best.score >= limit else "warning"
+    severity: Literal["error", "warning"] = "error" if found[0].score >= limit else "warning"
     return [Finding("label_follows_acquisition", severity, sentence + advice)]
 
 
