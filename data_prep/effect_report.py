@@ -17,7 +17,7 @@ from brainscale_data_prep import cohort_files, scanners
 from brainscale_data_prep.anatomy import Subject, Template, draw_subject, paint
 from brainscale_data_prep.severity import ORACLE_AUROC, SEPARATION, TASKS
 
-SUBJECTS, BINS = 3, 24
+SUBJECTS, BINS = 2, 24
 HEALTHY, ILL = -SEPARATION / 2, SEPARATION / 2 + 1
 """Severities of the pictures: typical with label 0; one standard deviation above typical with label 1."""
 DIFFERENCE_LIMIT, BRIGHTEST = 0.3, 1.2
@@ -58,20 +58,22 @@ def noise_free(template: Template, subject: Subject, contrast: str) -> np.ndarra
     return scanners.sample(paint(template, subject, contrast), template, subject, template.affine, template.shape_xyz)
 
 
-def difference(template: Template, subject: Subject, contrast: str, task: str) -> np.ndarray:
-    """(x,y,z): what one standard deviation of severity adds to a subject at severity 0."""
-    one, zero = (noise_free(template, subject.at(task, severity), contrast) for severity in (1.0, 0.0))
-    return one - zero
+def everywhere(subject: Subject, severity: float) -> Subject:
+    """The same person with one severity of all tasks."""
+    for task in TASKS:
+        subject = subject.at(task, severity)
+    return subject
 
 
 def spectra(template: Template, seed: int, contrast: str, subjects: int = SUBJECTS) -> dict[str, Spectrum]:
-    """Task → spectrum of its effect, over the first subjects of a cohort."""
-    people = [draw_subject(seed, number, tuple(scanners.SITES)) for number in range(1, subjects + 1)]
-    spacing = (float(template.step_mm),) * 3
-    return {
-        task: radial_spectrum([difference(template, person, contrast, task) for person in people], spacing)
-        for task in TASKS
-    }
+    """Task → spectrum of what one standard deviation adds to severity 0, over the first subjects of a cohort."""
+    found: dict[str, list[np.ndarray]] = {task: [] for task in TASKS}
+    for number in range(1, subjects + 1):
+        subject = everywhere(draw_subject(seed, number, tuple(scanners.SITES)), 0.0)
+        base = noise_free(template, subject, contrast)
+        for task in TASKS:
+            found[task].append(noise_free(template, subject.at(task, 1.0), contrast) - base)
+    return {task: radial_spectrum(differences, (float(template.step_mm),) * 3) for task, differences in found.items()}
 
 
 def write(dest: Path, template: Template, seed: int, contrasts: Sequence[str], truth: dict[str, Any]) -> None:
@@ -94,9 +96,7 @@ def write(dest: Path, template: Template, seed: int, contrasts: Sequence[str], t
         },
     }
     cohort_files.write_json(dest / "effects.json", about)
-    subject = draw_subject(seed, 1, tuple(scanners.SITES))
-    for task in TASKS:
-        subject = subject.at(task, HEALTHY)
+    subject = everywhere(draw_subject(seed, 1, tuple(scanners.SITES)), HEALTHY)
     contrast = contrasts[0]
     picture(template, subject, contrast, found[contrast]).savefig(
         dest / "effects.png", dpi=110, metadata={"Software": None}

@@ -136,18 +136,22 @@ def cortical(brain: Brain) -> np.ndarray:
 def change_boundary(brain: Brain, white: np.ndarray, grey: np.ndarray, detail: float) -> tuple[np.ndarray, np.ndarray]:
     """White and grey matter (n,) once the detail of their boundary in the cortex is multiplied by `detail`.
 
-    White's share of both is compared with its own blur, taken over both tissues alone, so that no CSF enters.
+    Detail is what the blur takes away, taken twice, so that none of it is a change of brightness around; the blur is of
+    both tissues alone, so that no CSF enters.
     """
     x, y, z = brain.xyz
     both = white + grey
-    volume = np.zeros((2, *(len(mm) for mm in brain.axes_mm)), np.float32)
-    volume[0, x, y, z], volume[1, x, y, z] = white, both
-    std = (0, *(BLUR_MM / brain.step_mm,) * 3)
-    blurred = gaussian_filter(volume, std, truncate=2.5)[:, x, y, z]
-    share, smooth = white / np.maximum(both, 1e-6), blurred[0] / np.maximum(blurred[1], 1e-6)
-    factor = np.where(cortical(brain), np.float32(detail), np.float32(1))
-    share = np.clip(smooth + factor * (share - smooth), 0, 1)
-    return share * both, (1 - share) * both
+    volume = np.zeros([len(mm) for mm in brain.axes_mm], np.float32)
+
+    def blur(values: np.ndarray) -> np.ndarray:
+        volume[x, y, z] = values
+        return gaussian_filter(volume, BLUR_MM / brain.step_mm, truncate=2.5)[x, y, z]
+
+    share = both / np.maximum(blur(both), 1e-6)
+    fine = white - share * blur(white)
+    fine -= share * blur(fine)
+    changed = np.clip(white + np.where(cortical(brain), np.float32(detail - 1), np.float32(0)) * fine, 0, both)
+    return changed, both - changed
 
 
 def lesion_places(

@@ -138,7 +138,7 @@ def _lesions(tissue: Tissue, spacing: np.ndarray, load: float, rng: np.random.Ge
         radius_mm *= np.cbrt(min(1.0, load - number))
         reach = np.ceil((radius_mm + edge_mm) / spacing).astype(int)
         box = tuple(slice(max(0, c - r), c + r + 1) for c, r in zip(centre, reach))
-        offsets_mm = [(np.arange(n)[s] - c) * mm for n, s, c, mm in zip(weight.shape, box, centre, spacing)]
+        offsets_mm = [(np.arange(weight.shape[a])[box[a]] - centre[a]) * spacing[a] for a in range(3)]
         distance_mm = np.linalg.norm(np.stack(np.meshgrid(*offsets_mm, indexing="ij")), axis=0)
         ball = np.clip((radius_mm - distance_mm) / edge_mm + 0.5, 0, 1) * min(1.0, (2 * radius_mm / edge_mm) ** 3)
         weight[box] = np.maximum(weight[box], np.where(tissue.deep_white[box], ball, 0))
