@@ -40,6 +40,7 @@ ORDER = [
         "doctor",
         "replay",
         "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint", "contamination",
+        "resampling", "intervals", "permutations", "few_shot", "power",
         "baselines", "small_cnn", "fit", "deep_probes",
         "export_formats", "export",
     )),
