@@ -143,7 +143,7 @@ def test_lists_of_refusals_are_cut_and_names_that_are_no_text_do_not_break_the_p
     refused = page[page.index('<section id="refused">') : page.index('<section id="warnings">')]
     assert re.findall(r'<td class="n">(\d+)</td><td><code>(\w+)', refused) == [("3", "gzip_crc"), ("1", "rgb")]
     assert qc.REFUSED["gzip_crc"] in refused
-    assert re.findall(r"<td>(\d &amp; so)</td>", refused) == ["1 &amp; so", "7 &amp; so", "4 &amp; so"]
+    assert re.findall(r'<td class="words">(\d &amp; so)</td>', refused) == ["1 &amp; so", "7 &amp; so", "4 &amp; so"]
     assert "and 1 more with <code>gzip_crc</code> in refused.jsonl" in refused and "\\udce9" in refused
     assert 'class="legend"' in page and "&lt;c3&gt;" in page and "<c3>" not in page
 
