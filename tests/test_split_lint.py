@@ -101,21 +101,31 @@ def test_a_label_that_follows_how_values_are_coded(tmp_path, kind):
 
 
 def write_nifti(path: Path, seed: int, step: float) -> None:
-    """A head of noise as float32 whose grey levels are multiples of a step (0: any), as in files of two exports."""
+    """A head of noise as float32 whose grey levels are multiples of a step, as in files of two exports."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, 48),) * 3, indexing="ij")
     rng = np.random.default_rng(seed)
     voxels = np.where(z**2 + y**2 + x**2 < 0.8, 600 + 200 * x + rng.normal(0, 80, z.shape), 0).clip(0)
-    voxels = np.round(voxels / step) * step if step else voxels
+    voxels = np.round(voxels / step) * step
     path.parent.mkdir(parents=True)
     nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.diag([3.0, 3, 3, 1])), path)
+
+
+def write_sparse_levels(path: Path) -> None:
+    """Whole numbers up to 32000, of which the scan holds few: most neighbouring levels are more than one apart."""
+    rng = np.random.default_rng(0)
+    voxels = np.where(rng.random((48, 48, 48)) < 0.25, rng.integers(1, 32000, (48, 48, 48)), 16000).astype(np.int16)
+    voxels[:, :4] = 0
+    path.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([3.0, 3, 3, 1])), path)
 
 
 def test_a_label_that_follows_the_quantisation_of_files(tmp_path, splits_lint):
     """Nothing in the header tells the files apart: only their grey levels do, and only those stored unresampled."""
     bids = tmp_path / "bids"
-    for n in range(17):
-        name = f"sub-{n:02d}"
-        write_nifti(bids / name / "anat" / f"{name}_T1w.nii.gz", n, (3.4, 5.0)[n % 2] if n < 16 else 0)
+    names = [f"sub-{n:02d}" for n in range(17)]
+    for n, name in enumerate(names[:16]):
+        write_nifti(bids / name / "anat" / f"{name}_T1w.nii.gz", n, (3.4, 5.0)[n % 2])
+    write_sparse_levels(bids / names[16] / "anat" / f"{names[16]}_T1w.nii.gz")
     (bids / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
     table = "".join(f"sub-{n:02d}\t{('depr', 'control')[n % 2]}\t{'fm'[n // 2 % 2]}\n" for n in range(16))
     (bids / "participants.tsv").write_text("participant_id\tgroup\tsex\n" + table)
@@ -200,6 +210,9 @@ def test_scans_of_one_subject_are_no_evidence_of_their_own():
         site = np.repeat(rng.integers(0, 2, 24).astype(str), 10)
         alarms += bool(acquisition.follows(one, {"site": site}, 0.05))
     assert alarms <= 6
+    one = cohort(np.array([0, 1] * 12), 10)
+    (told,) = acquisition.follows(one, {"site": np.where(one.y, "north", "south")}, 0.01) or []
+    assert told.score == 1.0
 
 
 def test_a_side_that_is_empty_or_lacks_a_class():

@@ -124,7 +124,7 @@ def test_equal_voxels_join_subjects_through_others(tmp_path):
     for first, second in ((0, 1), (2, 3)):  # s0 = s1 and s2 = s3
         rows[second]["voxels_xxh3_128"] = rows[first]["voxels_xxh3_128"] = f"{first}"
     rows += [{"id": "more", "subject": "s001", "dx": "y", "voxels_xxh3_128": "9"},
-             {"id": "more2", "subject": "s002", "dx": "x", "voxels_xxh3_128": "9"}]  # fmt: skip
+             {"id": "more2", "subject": "s003", "dx": "y", "voxels_xxh3_128": "9"}]  # fmt: skip
     found = labelled(task(), table_store(tmp_path / "s", rows))
     groups = dict(zip(found.subjects.tolist(), found.groups.tolist()))
     assert groups == {"s000": "s000", "s001": "s000", "s002": "s000", "s003": "s000", "s004": "s004", "s005": "s005"}
