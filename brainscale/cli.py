@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App, Parameter
 
-from brainscale import __version__, cli_data, cli_phantom, cli_plan, cli_runs, cli_slurm, cli_splits
+from brainscale import __version__, cli_data, cli_evaluate, cli_phantom, cli_plan, cli_runs, cli_slurm, cli_splits
 from brainscale.cli_bench import bench
 from brainscale.cli_embed import embed
 from brainscale.cli_export import export
@@ -51,11 +51,13 @@ app.command(embed)
 app.command(cli_runs.checkpoint)
 app.command(cli_splits.splits)
 app.command(cli_plan.plan)
+app.command(cli_evaluate.evaluate)
+app.command(cli_evaluate.compare)
 app.command(export)
 app.command(cli_slurm.submit)
 app.command(cli_slurm.retry)
-for command in (cli_phantom.phantom, cli_phantom.plant):
-    app.command(command)
+app.command(cli_phantom.phantom)
+app.command(cli_phantom.plant)
 for command in (cli_data.to_zarr, cli_data.export_nifti, cli_data.doctor, cli_runs.replay):
     app.command(command)
 

@@ -150,7 +150,7 @@ def test_plan_hash_depends_on_every_setting():
     assert len(hashes) == len(others) + 1
 
 
-RUNS = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name not in ("prep", "tasks"))
+RUNS = sorted(path for path in CONFIGS.rglob("*.toml") if path.parent.name not in ("prep", "tasks", "compare"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))

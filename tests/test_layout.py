@@ -42,12 +42,13 @@ ORDER = [
         "task_settings", "tasks", "id_lists", "split_files", "splits", "acquisition", "split_lint", "contamination",
         "resampling", "intervals", "permutations", "few_shot", "power",
         "baselines", "small_cnn", "fit", "deep_probes",
+        "evaluation_settings", "parts", "contestants", "site_leakage", "task_scores", "evaluate", "comparison", "compare",
         "export_formats", "export",
     )),
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
         "cli_phantom",
-        "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_splits", "cli_plan", "cli_slurm", "cli",
+        "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_splits", "cli_evaluate", "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
     "brainscale_data_prep.to_zarr",
@@ -115,6 +116,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_plan",
         "brainscale.cli_slurm",
         "brainscale.cli_splits",
+        "brainscale.cli_evaluate",
         "brainscale.__main__",
         "brainscale_data_prep.to_zarr",
     }
