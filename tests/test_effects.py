@@ -245,6 +245,13 @@ def test_the_spectrum_of_a_wave_is_its_frequency_whatever_the_voxels() -> None:
         effect_report.radial_spectrum([np.zeros((4, 4, 4))], (1, 1, 1))
 
 
+def test_waves_of_equal_energy_count_equally_along_any_axis() -> None:
+    x, z = np.arange(24)[:, None, None], np.arange(24)
+    waves = np.cos(2 * np.pi * x / 12) + np.cos(2 * np.pi * z / 4) + np.zeros((24, 5, 24))
+    found = effect_report.radial_spectrum([waves], (1, 1, 1))
+    assert found.centroid_per_mm == pytest.approx((1 / 12 + 1 / 4) / 2, rel=1e-6)
+
+
 def test_energy_is_that_of_white_noise_per_shell() -> None:
     found = effect_report.radial_spectrum([np.random.default_rng(0).standard_normal((48, 48, 47))], (1, 1, 1))
     edges = np.linspace(0, 1, effect_report.BINS + 1)
