@@ -8,7 +8,7 @@ Letters: B batch, N tokens, C width, H heads, Z Y X voxels.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from brainscale import fit
 from brainscale.fit import FitSettings, Scans, Weights
 from brainscale.pretrained import Pretrained
-from brainscale.small_cnn import ConvNet
+from brainscale.small_cnn import CHANNELS, ConvNet
 
 ATTENTIVE = FitSettings(lrs=(3e-3, 1e-2, 3e-2), weight_decays=(0.01, 1.0), epochs=40, patience=15)
 FINE_TUNE = FitSettings(lrs=(1e-4, 5e-4), weight_decays=(0.05,), epochs=12, patience=4, batch_scans=8, warmup_epochs=2)
@@ -127,13 +127,18 @@ class Classifier(nn.Module):
     mean_C: Tensor
     std_C: Tensor
 
-    def __init__(self, encoder: Pretrained, mean_C: Tensor, std_C: Tensor, outputs: int) -> None:
+    def __init__(
+        self, encoder: Pretrained, mean_C: Tensor, std_C: Tensor, outputs: int, generator: torch.Generator
+    ) -> None:
+        """mean_C, std_C: of training scans' features; generator: of the last layer's weights."""
         super().__init__()
         self.encoder = encoder
         self.register_buffer("mean_C", mean_C)
         self.register_buffer("std_C", std_C)
         self.head = nn.Linear(encoder.settings.width, outputs)
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(
+            self.head.weight, 0, 1e-3, generator=generator
+        )  # not 0, or nothing before it would learn at first
         nn.init.zeros_(self.head.bias)
 
     def forward(self, volumes_BZYX: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ class FineTune:
         share = torch.from_numpy(weight / weight.sum())[:, None]
         mean = (share * features).sum(0)
         std = (share * (features - mean) ** 2).sum(0).sqrt()
-        return Classifier(encoder, mean.float(), nonzero(std).float(), outputs)
+        return Classifier(encoder, mean.float(), nonzero(std).float(), outputs, generator)
 
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Learning rates that fall from the last layer to the first by `LAYER_DECAY`, weight decay on matrices."""
@@ -196,6 +201,8 @@ class SmallCnn:
     kind: str
     settings: FitSettings = SMALL_CNN
     progress: Progress | None = None
+    channels: Sequence[int] = CHANNELS
+    """Of each block; a block halves the volume along every axis, so small volumes want fewer."""
     chosen: str = field(default="", init=False)
 
     def __call__(self, y: NDArray[Any], train: Scans, test: Scans, seed: int) -> NDArray[np.float64]:
@@ -210,7 +217,7 @@ class SmallCnn:
 
     def build(self, scans: Scans, weight: Weights, outputs: int, generator: torch.Generator) -> nn.Module:
         """New weights; nothing of the scans is used, since volumes are z-scored one by one."""
-        return ConvNet(outputs, generator)
+        return ConvNet(outputs, generator, self.channels)
 
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay on kernels and matrices."""
