@@ -228,10 +228,11 @@ def paired_difference(a: Estimate, b: Estimate, metric: str) -> Difference:
 
 def _scores(found: Estimate, metric: str, weights: np.ndarray) -> np.ndarray:
     """(repeats, B) the metric of each repeat under B weightings (B,n) of the subjects."""
-    each = [
-        weighted_scores(metric, found.kind, found.y, prediction, weights, fold)
-        for prediction, fold in zip(found.predictions, found.folds)
-    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each = [
+            weighted_scores(metric, found.kind, found.y, prediction, weights, fold)
+            for prediction, fold in zip(found.predictions, found.folds)
+        ]
     if not np.isfinite(each).all():
         raise InputError(
             f"{metric} of {len(found.y)} test subjects in {int(found.folds.max()) + 1} folds cannot be computed; "
