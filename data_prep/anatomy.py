@@ -15,15 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from brainscale.geometry import voxel_to_mm
 from brainscale_data_prep import effects
-from brainscale_data_prep.severity import (
-    NUM_REGIONS,
-    TASKS,
-    confounded_site,
-    distributed,
-    draw_labels,
-    draw_severities,
-    stream,
-)
+from brainscale_data_prep.severity import TASKS, confounded_site, draw_labels, draw_severities, moved, stream
 
 PETALIA_MM = (((30.0, 60.0, 0.0), 5.0), ((-25.0, -95.0, 0.0), -5.0))
 """Centres and shifts along y of the asymmetry every subject has: right frontal pole forwards, left occipital back."""
@@ -133,8 +125,7 @@ class Subject:
     def at(self, task: str, severity: float) -> "Subject":
         """The same person with another severity of one task; of the distributed one, all regions change alike."""
         parts = self.region_severities
-        if task == "distributed":
-            parts = parts + (severity - distributed(parts)) / np.sqrt(NUM_REGIONS)
+        parts = moved(parts, severity) if task == "distributed" else parts
         return replace(self, severities={**self.severities, task: severity}, region_severities=parts)
 
 

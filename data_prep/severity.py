@@ -75,6 +75,11 @@ def distributed(parts: np.ndarray) -> float:
     return float(parts.sum() / np.sqrt(NUM_REGIONS))
 
 
+def moved(parts: np.ndarray, severity: float) -> np.ndarray:
+    """(12,) parts shifted alike, so that their distributed severity is `severity`."""
+    return parts + (severity - distributed(parts)) / np.sqrt(NUM_REGIONS)
+
+
 def rising(severity: float | np.ndarray, middle: float, slope: float) -> float | np.ndarray:
     """From a severity to a size between 0 and 1 with log odds `middle` + `slope` × severity: no severity is cut off."""
     size = expit(middle + slope * severity)
