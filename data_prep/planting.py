@@ -30,6 +30,10 @@ FEWEST_MM3 = 20_000.0
 CLUSTER_VOXELS, COARSE_VOXELS = 20_000, 2
 
 
+class NotPlanted(Refused):
+    """A scan that conversion takes, and that no effect can be planted into (`no_white_matter`)."""
+
+
 class Tissue(NamedTuple):
     """Where effects may lie in the box around a scan's brain, (x,y,z) bool."""
 
@@ -71,7 +75,7 @@ def brain_of(scan: Scan, mask: Scan | None) -> tuple[np.ndarray, Any]:
 
 
 def estimate_tissue(scan: Scan, brain: np.ndarray, background: Any) -> Tissue:
-    """White matter and its edge, from brightness. Raises Refused (`no_white_matter`)."""
+    """White matter and its edge, from brightness. Raises NotPlanted."""
     spacing = spacing_mm(scan.affine)
     box = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in find_objects(brain.view(np.uint8))[0])
     brain = brain[box]
@@ -85,7 +89,7 @@ def estimate_tissue(scan: Scan, brain: np.ndarray, background: Any) -> Tissue:
         white = largest_component((brightness > centres[-2:].mean()) & (depth > RIM_MM))
     volume_mm3 = float(np.count_nonzero(white) * np.prod(spacing))
     if volume_mm3 < FEWEST_MM3:
-        raise Refused("no_white_matter", f"only {volume_mm3:.0f} mm³ of it look like white matter of T1w; leave it out")
+        raise NotPlanted("no_white_matter", f"only {volume_mm3:.0f} mm³ of it look like white matter of T1w; leave it out")
     reach = max(EDGE_MM, float(spacing.max()))
     to_edge = np.where(white, distance_transform_edt(white, spacing), distance_transform_edt(~white, spacing))
     band = brain & (to_edge <= reach) & (depth > RIM_MM / 2) & (depth <= CORTEX_MM)
@@ -101,7 +105,7 @@ def plant(
     scan: Scan, tissue: Tissue, background: Any, severities: Mapping[str, float], rng: np.random.Generator
 ) -> Planted:
     """The scan with lesions and boundary of the given severities; `rng` draws places and radii of lesions, one after
-    another, so that a higher severity adds to the lesions of a lower one. Raises Refused (`no_white_matter`)."""
+    another, so that a higher severity adds to the lesions of a lower one. Raises NotPlanted."""
     spacing = spacing_mm(scan.affine)
     before = np.where(tissue.brain, _above(scan, tissue.box, background), 0)
     weight, num_lesions = _lesions(tissue, spacing, effects.lesion_load(severities["lesions"]), rng)
@@ -130,7 +134,7 @@ def _lesions(tissue: Tissue, spacing: np.ndarray, load: float, rng: np.random.Ge
     """(x,y,z) weight from 0 to 1, and the number of lesions."""
     places = np.argwhere(tissue.deep_white)
     if not len(places):
-        raise Refused("no_white_matter", "no white matter of it lies deep enough for a lesion; leave it out")
+        raise NotPlanted("no_white_matter", "no white matter of it lies deep enough for a lesion; leave it out")
     draws = rng.integers(len(places), size=effects.MOST_LESIONS)
     radii_mm = rng.uniform(*effects.LESION_RADIUS_MM, size=effects.MOST_LESIONS)
     weight, edge_mm, shown = np.zeros(tissue.white.shape, np.float32), float(spacing.max()), int(np.ceil(load))
