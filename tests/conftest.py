@@ -69,11 +69,15 @@ probe_every_steps = 0
 
 
 def write_tiny_store(
-    path: Path, scans: int = 10, plan: Plan | None = None, change: Callable[[dict[str, Any]], None] | None = None
+    path: Path,
+    scans: int = 10,
+    plan: Plan | None = None,
+    change: Callable[[dict[str, Any]], None] | None = None,
+    paint: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Path:
     """A finished store of smooth random blobs on a dark background, two scans per subject, made without NIfTI.
 
-    change: alters each record before it is written.
+    change: alters each record before it is written. paint: (row, values) → values, alters each volume.
     """
     plan = plan or Plan(grid_voxels_xyz=TINY_GRID_ZYX[::-1], shard_volumes=4)
     store.create(path, plan, TINY_GRID_ZYX, scans)
@@ -85,7 +89,9 @@ def write_tiny_store(
         for row in store.shard_rows(plan, scans, shard):
             rng = np.random.default_rng(row)
             blob = 500 + 300 * np.cos(3 * x + rng.uniform(0, 6)) * np.cos(4 * y + rng.uniform(0, 6)) + 50 * z
-            volume = np.where(inside, blob + rng.normal(0, 20, inside.shape), 0).astype(np.int16)
+            values = blob + rng.normal(0, 20, inside.shape)
+            values = values if paint is None else paint(row, values)
+            volume = np.where(inside, values, 0).astype(np.int16)
             volume = (volume // 4 if plan.dtype == "uint8" else volume).astype(plan.dtype)
             values = volume[inside].astype(float)
             grid = [n // plan.foreground_cell_voxels for n in TINY_GRID_ZYX]
