@@ -121,3 +121,28 @@ def test_a_class_with_one_training_subject_is_refused():
     train = np.array([0, 2, 4, 6, 1])
     with pytest.raises(InputError, match="1 training subjects of a class"):
         FeatureProbe(x, np.arange(20), "binary")(y, train, np.arange(10, 20), 0)
+
+
+@pytest.mark.parametrize("seed", [48, 104, 344])
+def test_steps_that_overshoot_are_halved(seed):
+    """Features with outliers, weights over orders of magnitude: full Newton steps diverge on these, the fit must not."""
+    rng = np.random.default_rng(seed)
+    n, dimensions = rng.integers(4, 30), rng.integers(1, 4)
+    x = rng.standard_t(1, size=(n, dimensions))
+    y = np.arange(n) < rng.integers(1, n)
+    weight = np.exp(rng.normal(size=(1, n)) * rng.uniform(0, 3))
+    for strength, fit in zip((1.0, 1e3, 1e6), linear_models.logistic(x, y, weight, np.array([1.0, 1e3, 1e6]))[0]):
+        miss = weight[0] * (1 / (1 + np.exp(-np.clip(x @ fit[:-1] + fit[-1], -500, 500))) - y)
+        gradient = np.append(strength * miss @ x + fit[:-1], strength * miss.sum())
+        assert np.abs(gradient).max() <= 1e-6 * strength * weight.sum()
+
+
+@pytest.mark.parametrize("name", ["linear", "knn"])
+def test_a_rare_class_is_not_overlooked(name):
+    """One subject in ten is of the second class: the most probable class finds most of both."""
+    rng = np.random.default_rng(0)
+    y = (np.arange(600) % 10 == 0).astype(int)
+    x = rng.normal(size=(600, 4)) + 2.0 * y[:, None]
+    prediction = FeatureProbe(x, np.arange(600), "binary", name)(y, np.arange(200), np.arange(200, 600), 0)
+    assert score("balanced_accuracy", "binary", y[200:], prediction) > 0.85
+    assert (prediction.argmax(axis=1) == 1)[y[200:] == 1].mean() > 0.8
