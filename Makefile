@@ -11,7 +11,7 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Synthetic brains → store → pretraining with both objectives → a page. QUICK=1: fewer brains and steps.
+# Synthetic brains → store → pretraining with both objectives → scores and weights → pages. QUICK=1: fewer brains and steps.
 DEMO := runs/demo
 SUBJECTS := $(if $(QUICK),10,32)
 MAE_STEPS := $(if $(QUICK),60,400)
@@ -27,8 +27,11 @@ demo: $(STAMP)
 	  train.num_steps=$(MAE_STEPS) optim.warmup_steps=30 $(LOOKS)
 	$(BIN)/brainscale pretrain configs/jepa_vcr_tiny_cpu.toml data.store=$(DEMO)/store run.dir=$(DEMO)/jepa \
 	  train.num_steps=$(JEPA_STEPS) $(LOOKS)
+	$(BIN)/brainscale evaluate $(DEMO)/mae $(DEMO)/jepa --store $(DEMO)/store --tasks configs/tasks/demo.toml \
+	  --out $(DEMO)/scores --probes knn,linear --no-cnn --permutations 50 --few-shot 4,8
+	rm -rf $(DEMO)/export && $(BIN)/brainscale export $(DEMO)/mae $(DEMO)/export
 	$(BIN)/brainscale report $(DEMO)/mae $(DEMO)/jepa --out $(DEMO)/report.html
-	@echo "look at $(DEMO)/report.html"
+	@echo "look at $(DEMO)/report.html and $(DEMO)/scores/scores.html"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

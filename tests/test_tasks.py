@@ -201,6 +201,7 @@ COHORTS: dict[str, list[dict[str, Any]]] = {
         **{f"label_{name}": ["0", "1", "1"] for name in ("atrophy", "lesions", "sharpness", "mass", "distributed")},
     ),
 }  # fmt: skip
+COHORTS["demo"] = COHORTS["phantom"]
 SUBJECTS = {
     "adni": [{"NC": 20, "MCI": 30}, {"NC": 20, "AD": 30}],
     "scan": [{"NC": 30, "MCI": 15}, {"NC": 30, "AD": 30}],
@@ -208,6 +209,7 @@ SUBJECTS = {
     "abide": [{"control": 45, "autism": 45}] * 2,
     "ds002748": [{"female": 45, "male": 45}, {"control": 30, "depression": 60}, {}],
     "phantom": [{"absent": 30, "present": 60}] * 5 + [{}],
+    "demo": [{"absent": 30, "present": 60}] * 2,
 }
 
 
