@@ -125,7 +125,7 @@ def test_a_class_with_one_training_subject_is_refused():
 
 @pytest.mark.parametrize("seed", [48, 104, 344])
 def test_steps_that_overshoot_are_halved(seed):
-    """Features with outliers, weights over orders of magnitude: full Newton steps diverge on these, the fit must not."""
+    """Features with outliers, weights over orders of magnitude: full Newton steps diverge, the fit must not."""
     rng = np.random.default_rng(seed)
     n, dimensions = rng.integers(4, 30), rng.integers(1, 4)
     x = rng.standard_t(1, size=(n, dimensions))
@@ -142,7 +142,7 @@ def test_a_rare_class_is_not_overlooked(name):
     """One subject in ten is of the second class: the most probable class finds most of both."""
     rng = np.random.default_rng(0)
     y = (np.arange(600) % 10 == 0).astype(int)
-    x = rng.normal(size=(600, 4)) + 2.0 * y[:, None]
+    x = rng.normal(size=(600, 4)) + 0.8 * y[:, None]
     prediction = FeatureProbe(x, np.arange(600), "binary", name)(y, np.arange(200), np.arange(200, 600), 0)
-    assert score("balanced_accuracy", "binary", y[200:], prediction) > 0.85
-    assert (prediction.argmax(axis=1) == 1)[y[200:] == 1].mean() > 0.8
+    assert score("balanced_accuracy", "binary", y[200:], prediction) > 0.68
+    assert (prediction.argmax(axis=1) == 1)[y[200:] == 1].mean() > 0.6
