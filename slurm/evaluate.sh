@@ -2,7 +2,8 @@
 # Score frozen encoders on Slurm: sbatch [options of sbatch] slurm/evaluate.sh RUN... --store STORE --tasks TASKS.toml [options]
 #   sbatch --gpus-per-task=1 slurm/evaluate.sh runs/mae runs/jepa --store stores/adni --tasks configs/tasks/adni.toml --out runs/scores
 # One process, on one GPU if there is one. What is finished is kept in OUT/parts, so a job that is preempted or nears its time
-# limit is queued again and goes on; the same line continues one that was killed for good.
+# limit is queued again and goes on; the same line continues one that was killed for good. The longest piece (one probe on all
+# splits of a task, or its permutations) has to fit in --time: what began it over and over would never end.
 # A site edits the lines below (options of the sbatch command go before these), and those marked "site".
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
@@ -11,7 +12,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
-#SBATCH --mem-per-cpu=4G
+#SBATCH --mem-per-cpu=2G
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@60

@@ -1,5 +1,6 @@
 """The scripts of slurm/ and `brainscale submit` on a real Slurm of three nodes."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses, run_brainscale
+from conftest import ROOT, losses, run_brainscale, write_tiny_store
 from slurm_cluster import NODES, slow_to_start, until
 
 pytestmark = pytest.mark.slow
-SCRIPTS = ("pretrain_mae.sh", "pretrain_jepa.sh", "to_zarr.sh")
+SCRIPTS = ("pretrain_mae.sh", "pretrain_jepa.sh", "to_zarr.sh", "evaluate.sh")
 JEPA = ("objective=jepa", "jepa.predictor_width=12", "jepa.predictor_depth=1", "jepa.predictor_heads=1")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
@@ -119,6 +120,65 @@ def contents(store):
         for path in sorted(store.rglob("*"))
         if path.is_file() and path.name not in ("COMPLETE.json",)
     }
+
+
+@pytest.fixture(scope="module")
+def evaluation(unbroken, tmp_path_factory):
+    """(arguments of an evaluation of half a minute, folder of its scores when nothing disturbs it)."""
+    home = tmp_path_factory.mktemp("evaluation")
+    labels = lambda record: record.update(participant={"ill": str(record["row"] // 2 % 2)})  # noqa: E731
+    store = write_tiny_store(home / "store", 40, change=labels)
+    tasks = home / "tasks.toml"
+    tasks.write_text('[[tasks]]\nname = "ill"\nkind = "binary"\ncolumn = "ill"\nsplit = {folds = 4, repeats = 2}\n')
+    few = ("--probes=linear", "--no-cnn", "--permutations=200", "--few-shot=")
+    arguments = (unbroken, "--store", store, "--tasks", tasks, *few)
+    run_brainscale("evaluate", *arguments, "--out", home / "plain")
+    return arguments, home / "plain"
+
+
+def scores(out):
+    """What scores.json says, but for when."""
+    return {**json.loads((out / "scores.json").read_text()), "created_utc": ""}
+
+
+def test_an_evaluation_as_a_job_is_that_of_the_same_line_without_slurm(cluster, evaluation, tmp_path):
+    arguments, plain = evaluation
+    job = cluster.sbatch("evaluate.sh", *arguments, "--out", tmp_path)
+    assert cluster.finish(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert scores(tmp_path) == scores(plain) and (tmp_path / "scores.html").is_file()
+
+
+def test_an_evaluation_whose_time_ends_is_queued_again_and_goes_on(cluster, evaluation, tmp_path):
+    """After the first piece. What is left of pieces that were being written is not taken for one."""
+    arguments, plain = evaluation
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for piece in (plain / "parts").iterdir():
+        for name in (f"{piece.name}.0123.partial", f"{piece.stem}.partial"):
+            (parts / name).write_bytes(piece.read_bytes()[:20])
+    job = cluster.sbatch("evaluate.sh", *arguments, "--out", tmp_path)
+    until(lambda: list(parts.glob("*.json")), "a piece", lambda: cluster.log(job))
+    kept = {piece: piece.stat().st_mtime_ns for piece in parts.glob("*.[jn]*")}
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    ended, log = cluster.finish(job), cluster.log(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log
+    assert f"job {job} is queued again" in log and "Traceback" not in log
+    assert {piece: piece.stat().st_mtime_ns for piece in kept} == kept
+    assert {p.name for p in (plain / "parts").iterdir()} <= {p.name for p in parts.iterdir()}
+    assert scores(tmp_path) == scores(plain)
+
+
+def test_an_evaluation_that_may_not_be_queued_again_says_so(cluster, evaluation, tmp_path):
+    """The same line finishes it."""
+    arguments, plain = evaluation
+    job = cluster.sbatch("evaluate.sh", *arguments, "--out", tmp_path, options=("--no-requeue",))
+    until(lambda: list((tmp_path / "parts").glob("*.json")), "a piece", lambda: cluster.log(job))
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    assert cluster.finish(job)["ExitCode"] == "75:0", cluster.log(job)
+    assert "not queued again: job" in cluster.log(job) and "Traceback" not in cluster.log(job)
+    assert not (tmp_path / "scores.json").exists()
+    job = cluster.sbatch("evaluate.sh", *arguments, "--out", tmp_path)
+    assert cluster.finish(job)["JobState"] == "COMPLETED" and scores(tmp_path) == scores(plain), cluster.log(job)
 
 
 def test_each_of_four_tasks_on_two_nodes_sees_a_gpu_of_its_own(cluster):
