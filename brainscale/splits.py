@@ -21,7 +21,8 @@ QUANTILES = 10
 def make_splits(labelled: Labelled, seed: int) -> list[Split]:
     """The splits of a task: one (holdout), folds × repeats (cross_validation), or those of its files.
 
-    Raises InputError for too few subjects of a class or too few sites, and when files put a subject on both sides.
+    Raises InputError for too few subjects of a class or too few sites, and when files put a subject on both
+    sides or leave a class out of one.
     """
     settings = labelled.task.split
     if settings.kind == "file":
@@ -32,6 +33,7 @@ def make_splits(labelled: Labelled, seed: int) -> list[Split]:
                     f'task "{labelled.task.name}": {split.name} has {len(both)} subject(s) on both sides '
                     f"({some(both)}); look at it with `brainscale splits lint`, and mend the list"
                 )
+            _refuse_lacking(labelled, split, "mend the list, or leave the class out of labels")
         return splits
     if design(labelled) == "holdout":
         parts = max(2, round(1 / min(settings.test_fraction, 1 - settings.test_fraction)))
@@ -64,14 +66,19 @@ def design(labelled: Labelled) -> str:
 def _split(labelled: Labelled, name: str, tested: np.ndarray) -> Split:
     """A split from (n,) bool. Raises InputError when a side lacks a class."""
     split = Split(name, np.flatnonzero(~tested), np.flatnonzero(tested))
+    _refuse_lacking(labelled, split, "use fewer folds, or split.site_disjoint = false")
+    return split
+
+
+def _refuse_lacking(labelled: Labelled, split: Split, advice: str) -> None:
+    """Raise InputError when a side of a split has nobody, or nobody of a class."""
     for side, scans in (("train", split.train), ("test", split.test)):
         lacking = [label for at, label in enumerate(labelled.classes) if at not in labelled.y[scans]]
         if lacking or not len(scans):
             raise InputError(
-                f'task "{labelled.task.name}": {name} would have nobody of {some(lacking) or "any value"} in {side}; '
-                "use fewer folds, or split.site_disjoint = false"
+                f'task "{labelled.task.name}": {split.name} would have nobody of {some(lacking) or "any value"} in '
+                f"{side}; {advice}"
             )
-    return split
 
 
 def _check_counts(labelled: Labelled, folds: int) -> None:

@@ -200,12 +200,15 @@ class TaskWork:
         case, first = self.case, self.splits[0]
         sides = [len({*self.people[side].tolist()}) for side in (first.train, first.test)]
         repeats, held_out = {repeat_of(split) for split in self.splits}, len(self.splits) == 1
+        used = np.unique(np.concatenate([side for split in self.splits for side in (split.train, split.test)]))
+        shared = replace(case, subjects=case.subjects[used], y=case.y[used])
+        unused = {"in no list of the split": len(case.rows) - len(used)} if len(used) < len(case.rows) else {}
         resolved = power(self.kind, next(iter(self.estimates.values())).y)
         found = [finding for finding in split_lint.lint(case, self.splits, self.store) if finding.severity != "note"]
         return {
             "name": case.task.name, "kind": self.kind, "classes": list(case.classes), "column": case.task.column,
-            "subjects": len({*self.people.tolist()}), "scans": len(case.rows), "class_counts": case.class_counts(),
-            "left_out": case.left_out,
+            "subjects": len({*self.people[used].tolist()}), "scans": len(used), "class_counts": shared.class_counts(),
+            "left_out": {**case.left_out, **unused}, "split_notes": first.notes,
             "design": "holdout" if held_out else "cross_validation",
             "folds": None if held_out else len(self.splits) // len(repeats),
             "repeats": None if held_out else len(repeats),

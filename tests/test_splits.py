@@ -212,6 +212,7 @@ def test_files_with_a_subject_on_both_sides_are_refused_but_can_be_looked_at(tmp
         ("subject_id,split\n", "has no rows"),
         ("subject_id,split\ns0001\n", "row 2 has 1 cells where the header has 2"),
         ("subject_id,split\ns0001,train\n", "no test scan"),
+        ("subject_id,split\ns0000,train\ns0001,train\ns0002,test\n", 'nobody of "c1" in test; mend the list'),
     ],
 )
 def test_files_that_do_not_fit_are_refused(text, words, tmp_path):
