@@ -17,8 +17,7 @@ from brainscale.probes import FeatureProbe
 from brainscale.scores import METRICS, by_subject, chance, score
 
 POPULATION = 600
-"""Subjects outside the study that the truth is measured on, in each repetition anew."""
-REPEATS = 4
+"""Subjects outside the study that each fit is measured on; ten times as many where there is one fit per study."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,13 @@ class Case:
     probe: str = "linear"
     folds: int = 5
     """1: half of the subjects are held out, once."""
+    repeats: int = 4
 
     def draw(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Features, labels and subjects of all scans, the study's first, and the number of the study's scans."""
         rng = np.random.default_rng(seed)
-        total = self.subjects + POPULATION
+        outside = POPULATION * (10 if self.folds == 1 else 1)
+        total = self.subjects + outside
         x = rng.normal(size=(total, self.dimensions))
         if self.kind == "regression":
             y = rng.normal(size=total)
@@ -50,7 +51,7 @@ class Case:
         else:
             shares = [1 - self.positive, self.positive] if self.kind == "binary" else [1 / 3] * 3
             here = np.repeat(np.arange(len(shares)), np.round(np.array(shares) * self.subjects).astype(int))
-            y = np.concatenate([here, rng.choice(len(shares), POPULATION, p=shares)])
+            y = np.concatenate([here, rng.choice(len(shares), outside, p=shares)])
             x[np.arange(total), y] += self.effect
         names = np.repeat(np.arange(total), self.scans)
         x = x[names] + (rng.normal(size=(len(names), self.dimensions)) if self.scans > 1 else 0)
@@ -61,7 +62,7 @@ class Case:
         subjects, first = np.unique(names, return_index=True)
         splitter = KFold if self.kind == "regression" else StratifiedKFold
         splits = []
-        for repeat in range(1 if self.folds == 1 else REPEATS):
+        for repeat in range(1 if self.folds == 1 else self.repeats):
             folds = splitter(max(self.folds, 2), shuffle=True, random_state=1000 * seed + repeat)
             for train, test in folds.split(subjects, y[first]):
                 train, test = (np.flatnonzero(np.isin(names, subjects[side])) for side in (train, test))
@@ -156,7 +157,7 @@ def plausible(share: float, low: float, high: float, repetitions: int) -> bool:
 
 COVERED = [
     Case("47 subjects, no effect", "binary", 47, 16, 0.0, 13 / 47),
-    Case("47 subjects", "binary", 47, 16, 1.3, 13 / 47),
+    Case("47 subjects", "binary", 47, 16, 1.3, 13 / 47, repeats=10),
     Case("60 subjects of 2 scans", "binary", 60, 16, 1.2, scans=2),
     Case("100 subjects, no effect", "binary", 100, 64, 0.0, 0.4),
     Case("100 subjects", "binary", 100, 64, 1.3, 0.4),
@@ -165,9 +166,9 @@ COVERED = [
     Case("60 subjects, kNN, no effect", "binary", 60, 16, 0.0, probe="knn"),
     Case("75 subjects, no effect", "multiclass", 75, 16, 0.0),
     Case("75 subjects", "multiclass", 75, 16, 1.5),
-    Case("50 subjects, no effect", "regression", 50, 16, 0.0),
-    Case("60 subjects", "regression", 60, 16, 0.6),
-    Case("100 subjects", "regression", 100, 64, 0.8),
+    Case("50 subjects, no effect", "regression", 50, 16, 0.0, repeats=10),
+    Case("60 subjects", "regression", 60, 16, 0.6, repeats=10),
+    Case("100 subjects", "regression", 100, 64, 0.8, repeats=10),
     Case("80 subjects, half held out, no effect", "binary", 80, 16, 0.0, folds=1),
     Case("80 subjects, half held out", "binary", 80, 16, 1.5, folds=1),
     Case("150 subjects, half held out", "multiclass", 150, 16, 1.5, folds=1),

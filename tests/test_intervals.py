@@ -240,10 +240,14 @@ def test_the_power_line_tells_the_spread_of_real_scores():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVERED, ids=lambda case: f"{case.kind} {case.name}")
 def test_intervals_hold_the_truth(case):
+    """With an effect, in 90 to 98 %; without one, chance is excluded in 2 to 9 %."""
     for metric, (true, held, excluded) in coverage(case, REPETITIONS).items():
-        assert plausible(held, 0.90, 0.98, REPETITIONS), (metric, true, held)
-        if not case.effect and metric == "auroc":
-            assert plausible(excluded, 0.02, 0.09, REPETITIONS), (metric, excluded)
+        if case.effect:
+            assert plausible(held, 0.90, 0.98, REPETITIONS), (metric, true, held)
+        elif metric == "auroc":
+            assert plausible(excluded, 0.02, 0.09, REPETITIONS), excluded
+        else:  # R² of a useless fit lies below 0, and MAE above that of the median: the truth must be held all the same
+            assert plausible(held, 0.90, 1.0, REPETITIONS), (metric, true, held)
 
 
 @pytest.mark.slow
