@@ -267,6 +267,7 @@ def test_frequencies_are_in_the_claimed_order(template: Template) -> None:
     assert min(centroid["lesions"], centroid["sharpness"]) > 0.1
 
 
+@pytest.mark.slow
 def test_the_report_says_oracle_places_and_spectra(tmp_path: Path) -> None:
     phantom.make(tmp_path / "bids", 8, seed=3, spacing_mm=8.0, report=True, confound="label_mass=1.0")
     about = json.loads((tmp_path / "bids/effects.json").read_text())

@@ -265,6 +265,7 @@ def test_the_transformer_leaves_no_scan_out(bids, exported):
 # ------------------------------------------------------------------------------------------------ real runs and data
 
 
+@pytest.mark.slow
 def test_features_need_no_deepspeed_and_no_triton():
     code = "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'triton')); import brainscale.volume_embedder"
     subprocess.run([sys.executable, "-c", code], check=True)

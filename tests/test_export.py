@@ -163,6 +163,7 @@ def test_a_place_that_is_taken_is_refused(unbroken, exported, tmp_path):
     assert (exported / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_command_and_a_process_without_deepspeed_and_triton(unbroken, tmp_path):
     """`brainscale export`, then two lines where DeepSpeed, Triton and the kernels cannot be imported."""
     done = run_brainscale("export", unbroken, tmp_path / "a", "--licence", "mit", "--data-license", "none")

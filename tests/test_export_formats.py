@@ -125,6 +125,7 @@ def run(tiny_store, tiny_config, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["brainscale", "monai", "timm"])
+@pytest.mark.slow
 def test_the_lines_of_the_card_work(form, run, tmp_path):
     if form == "monai":
         monai_vit()

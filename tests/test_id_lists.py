@@ -183,6 +183,7 @@ def test_hashed_names_cannot_be_compared_with_names(tmp_path, capsys):
     assert "2 of 2" in report(store, store, code=4, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_run_has_seen_its_training_subjects_alone(unbroken, tiny_store, capsys):
     config = load(Config, unbroken / "config.toml")
     stores = open_stores([tiny_store])

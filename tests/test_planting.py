@@ -145,6 +145,7 @@ def test_labels_and_dark_balls_are_refused(real: tuple) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.slow
 def test_a_copy_differs_in_its_voxels_alone(cohort: Path, tmp_path: Path, suffix: str) -> None:
     source = next(cohort.rglob("*T1w.nii.gz"))
     header = bytearray(plain(source))
@@ -188,6 +189,7 @@ def test_the_planted_dataset_says_what_was_done_and_leaves_the_rest(cohort: Path
     assert "planted effects" in json.loads((planted / "dataset_description.json").read_text())["Name"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(cohort: Path, planted: Path, tmp_path: Path) -> None:
     source = files(cohort)
     plant(cohort, tmp_path / "again", seed=1, workers=2)
@@ -198,6 +200,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(cohort: Path,
     assert files(cohort) == source
 
 
+@pytest.mark.slow
 def test_a_plain_folder_becomes_bids_and_what_cannot_be_taken_is_counted(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     for number in (1, 2):

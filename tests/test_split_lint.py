@@ -119,6 +119,7 @@ def write_sparse_levels(path: Path) -> None:
     nib.save(nib.Nifti1Image(voxels, np.diag([3.0, 3, 3, 1])), path)
 
 
+@pytest.mark.slow
 def test_a_label_that_follows_the_quantisation_of_files(tmp_path, splits_lint):
     """Nothing in the header tells the files apart: only their grey levels do, and only those stored unresampled."""
     bids = tmp_path / "bids"

@@ -220,6 +220,7 @@ def test_files_that_do_not_fit_are_refused(text, words, tmp_path):
         make_splits(from_text(cohort(np.array([0, 1] * 5)), tmp_path / "t.csv", text), 0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_and_prints_counts(tmp_path):
     table_store(tmp_path / "s", people(24, dx=["NC", "AD"], age=["50", "60", "n/a"]))
     (tmp_path / "t.toml").write_text(
