@@ -89,7 +89,7 @@ def estimate_tissue(scan: Scan, brain: np.ndarray, background: Any) -> Tissue:
         white = largest_component((brightness > centres[-2:].mean()) & (depth > RIM_MM))
     volume_mm3 = float(np.count_nonzero(white) * np.prod(spacing))
     if volume_mm3 < FEWEST_MM3:
-        raise NotPlanted("no_white_matter", f"only {volume_mm3:.0f} mm³ of it look like white matter of T1w; leave it out")
+        raise NotPlanted("no_white_matter", f"only {volume_mm3:.0f} mm³ look like white matter of T1w; leave it out")
     reach = max(EDGE_MM, float(spacing.max()))
     to_edge = np.where(white, distance_transform_edt(white, spacing), distance_transform_edt(~white, spacing))
     band = brain & (to_edge <= reach) & (depth > RIM_MM / 2) & (depth <= CORTEX_MM)
