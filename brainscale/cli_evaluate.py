@@ -24,7 +24,6 @@ def evaluate(
     permutations: int = 200,
     few_shot: str = "8,16,32,64",
     network_repeats: int = 1,
-    resamples: int = 2000,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -64,8 +63,6 @@ def evaluate(
         Training subjects per class of the few-shot curves of the linear probe; "" for none.
     network_repeats
         Repeats of a cross-validation for probes that are trained networks.
-    resamples
-        Of the test subjects, for the interval of a held-out test set.
     seed
         Of splits and tuning.
     device
@@ -87,7 +84,7 @@ def evaluate(
     settings = checked(
         EvaluationSettings, probes=words(probes), cnn=not no_cnn, part=part, layers=numbers(layers, "layers"),
         pooling=pooling, permutations=permutations, few_shot=numbers(few_shot, "few_shot"),
-        network_repeats=network_repeats, resamples=resamples, seed=seed,
+        network_repeats=network_repeats, seed=seed,
     )  # fmt: skip
     done = evaluation.run(runs, open_store(store), load_tasks(tasks), out, settings, choose_device(device), say)
     print(f"scores: {report_evaluation.write(done)}")
@@ -128,7 +125,7 @@ def say(text: str) -> None:
 
 def words(text: str) -> tuple[str, ...]:
     """A comma-separated list."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
 """Objectives side by side: the same scans, encoder and seeds, at equal samples and at equal training FLOPs.
 
 Every arm is trained as `brainscale pretrain` would, with every seed, and scored on held-out subjects. What is compared
-are means over seeds. Intervals come from a bootstrap that draws seeds and, independently, test subjects (the same ones
-for all arms and seeds) with replacement, so they hold both the luck of a training and that of the test set; the
-difference of two arms is taken within each draw. A finished training or evaluation is not done again.
+are means over seeds; their intervals hold both the luck of a training and that of the test set (seed_intervals.py), and
+differences are paired by seed and subject. A finished training or evaluation is not done again.
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from brainscale import evaluate, scores
@@ -25,9 +24,10 @@ from brainscale.geometry import Zyx
 from brainscale.intervals import Estimate
 from brainscale.model_counts import model_flops, tokens_of
 from brainscale.plan import volume_of
+from brainscale.prep_plan import Plan
 from brainscale.provenance import write_text
-from brainscale.resampling import weighted_scores
-from brainscale.settings import InputError
+from brainscale.seed_intervals import check_subjects, difference, summary
+from brainscale.settings import InputError, load
 from brainscale.store import open_store
 from brainscale.task_settings import SplitSettings, Task, load_tasks
 
@@ -46,7 +46,8 @@ class Training(NamedTuple):
 
 def training_flops(config: Config, volume_zyx: Zyx) -> float:
     """FLOPs of one sample: those of the model, and of the spectral term three real transforms of the volume (two
-    forward, one back for the gradient) of 2.5·n·log2 n each, in the share of steps that compute it."""
+    forward, one back for the gradient) of 2.5·n·log2 n each, in the share of steps that compute it. Variance and
+    covariance of pooled vectors are a matter of volumes, not of tokens, and left out."""
     flops = float(model_flops(config, tokens_of(config, volume_zyx)))
     if config.spectral.weight:
         n = math.prod(volume_zyx)
@@ -107,6 +108,12 @@ def prepare(comparison: Comparison, out: Path, say: Callable[[str], None]) -> tu
     made = comparison.phantom
     if made is None:
         return comparison.pretrain_store, comparison.evaluate_store
+    asked = {**made.model_dump(mode="json"), "plan": load(Plan, made.prep).hash()}
+    marker = out / "data" / "phantom.json"
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != asked:
+        raise InputError(f"{marker.parent} was made for another [phantom] or prep; give another --out, or remove it")
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    write_text(marker, json.dumps(asked))
     stores = []
     for name, subjects, seed in (
         ("pretrain", made.pretrain_subjects, 2 * made.seed),
@@ -147,7 +154,7 @@ def run(comparison: Comparison, out: Path, device: torch.device, say: Callable[[
         runs = [training.folder for training in todo if training.seed == seed]
         settings = EvaluationSettings(
             probes=(comparison.probe,), cnn=False, random_seed=seed, layers=comparison.layers,
-            pooling=comparison.pooling, permutations=0, few_shot=(), resamples=comparison.resamples,
+            pooling=comparison.pooling, permutations=0, few_shot=(),
         )  # fmt: skip
         say(f"evaluation of {len(runs)} runs of seed {seed}")
         folder = out / f"evaluation-seed{seed}"
@@ -175,8 +182,11 @@ def run(comparison: Comparison, out: Path, device: torch.device, say: Callable[[
 
 def held_out(tasks: Sequence[Task], test_fraction: float) -> list[Task]:
     """The tasks with one held-out side, which stays the same for all arms and seeds."""
-    split = SplitSettings(kind="holdout", test_fraction=test_fraction)
-    return [task.model_copy(update={"split": split}) for task in tasks]
+    splits = [
+        SplitSettings(kind="holdout", test_fraction=test_fraction, site_disjoint=task.split.site_disjoint)
+        for task in tasks
+    ]
+    return [task.model_copy(update={"split": split}) for task, split in zip(tasks, splits)]
 
 
 def tables(
@@ -197,55 +207,15 @@ def tables(
                 ]
             for baseline in ("random", "histogram+volume"):
                 columns[baseline] = [found[seed][task.name, baseline, comparison.probe] for seed in comparison.seeds]
-            drawn = resampled(columns, metric, comparison.resamples)
-            for name, (value, values) in drawn.items():
-                low, high = np.quantile(values, (0.025, 0.975))
+            check_subjects(columns)
+            for name, column in columns.items():
                 rows[table].append(
-                    {"task": task.name, "arm": name, "metric": metric, "value": value, "low": float(low),
-                     "high": float(high), "seeds": len(comparison.seeds),
-                     "test_subjects": len(columns[name][0].subjects)}
+                    {"task": task.name, "arm": name, "metric": metric, **summary(column, metric),
+                     "seeds": len(comparison.seeds), "test_subjects": len(column[0].subjects)}
                 )  # fmt: skip
-            names = list(steps[table])
-            for at, a in enumerate(names):
-                for b in names[at + 1 :]:
-                    paired[table].append({"task": task.name, "a": a, "b": b, **difference(drawn[a], drawn[b])})
+            for a, b in itertools.combinations(steps[table], 2):
+                paired[table].append({"task": task.name, "a": a, "b": b, **difference(columns[a], columns[b], metric)})
     return {"tables": rows, "paired": paired}
-
-
-def resampled(columns: dict[str, list[Estimate]], metric: str, resamples: int) -> dict[str, tuple[float, np.ndarray]]:
-    """Name → (mean score over seeds, the same of every draw of seeds and subjects). Subjects are drawn within classes.
-
-    columns: name → held-out predictions of each seed, of the same test subjects.
-    """
-    first = next(iter(columns.values()))[0]
-    for name, column in columns.items():
-        if any(not np.array_equal(found.subjects, first.subjects) for found in column):
-            raise InputError(f"{name} was tested on other subjects; remove the evaluations and run the same again")
-    strata = np.zeros(len(first.y), int) if first.kind == "regression" else first.y
-    rng, seeds = np.random.default_rng(0), len(next(iter(columns.values())))
-    who = np.ones((1 + resamples, len(first.y)))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        who[1:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
-    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    share = np.concatenate([np.full((1, seeds), 1 / seeds), drawn])
-    found = {}
-    for name, column in columns.items():
-        each = [weighted_scores(metric, one.kind, one.y, one.predictions[0], who) for one in column]
-        means = (share * np.stack(each, axis=1)).sum(axis=1)
-        found[name] = (float(means[0]), means[1:])
-    return found
-
-
-def difference(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray]) -> dict[str, float]:
-    """Of two arms, a − b: difference, 95 % interval, and two-sided p of the bootstrap, never 0."""
-    values = a[1] - b[1]
-    low, high = np.quantile(values, (0.025, 0.975))
-    tail = min((values <= 0).sum(), (values >= 0).sum())
-    return {
-        "difference": a[0] - b[0], "low": float(low), "high": float(high),
-        "p": float(min(1.0, 2 * (1 + tail) / (1 + len(values)))),
-    }  # fmt: skip
 
 
 def text(path: Path) -> str:
@@ -266,7 +236,8 @@ def text(path: Path) -> str:
         pairs = result["paired"][table]
         for a, b in dict.fromkeys((pair["a"], pair["b"]) for pair in pairs):
             cells = [
-                f"{p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}], p {p['p']:.3f}"
+                f"{p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]"
+                + ("" if p["p"] is None else f", p {p['p']:.3f}")
                 for p in pairs
                 if (p["a"], p["b"]) == (a, b)
             ]

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from brainscale.config import Config
+from brainscale.features import Pooling
 from brainscale.settings import InputError, Model, load
 
 
@@ -49,14 +50,12 @@ class Comparison(Model):
     """Share of the evaluated subjects that are only tested."""
     probe: Literal["knn", "linear"] = "linear"
     layers: tuple[int, ...] = (-1,)
-    pooling: str = "mean"
+    pooling: Pooling = "mean"
     pretrain_store: str = ""
     evaluate_store: str = ""
     phantom: Phantom | None = None
     ranks: PositiveInt = 1
     """Processes of each training; more than one are started by torchrun on this machine."""
-    resamples: PositiveInt = 2000
-    """Of subjects and seeds."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Comparison":
@@ -78,12 +77,15 @@ class Comparison(Model):
 
 
 def read(path: Path) -> Comparison:
-    """COMPARE.toml, checked: arms must have one encoder, the same scans, batch and masking of data in common.
+    """COMPARE.toml, checked: arms have one encoder, and the same scans, augmentation and batch; masks, objective and
+    optimizer are their own.
 
-    Raises InputError, with the first setting that differs.
+    Raises InputError, with the first setting that differs, and for a layer that the encoder does not have.
     """
     comparison = load(Comparison, path)
     first, *others = ((arm, comparison.arm_config(arm, 0, comparison.num_steps)) for arm in comparison.arms)
+    if wrong := [k for k in comparison.layers if not -1 <= k < first[1].model.depth]:
+        raise InputError(f"{path}: layers has {wrong[0]}, and the encoder has blocks 0 to {first[1].model.depth - 1}")
     for arm, config in others:
         for group in ("data", "model", "augment"):
             if getattr(config, group) != getattr(first[1], group):

@@ -5,6 +5,7 @@ volumes alone. A contestant is its features of every scan; the encoders are kept
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,18 @@ import numpy as np
 import torch
 
 from brainscale import baselines, features
+from brainscale.config import Config
 from brainscale.evaluation_settings import EvaluationSettings
 from brainscale.geometry import token_grid
 from brainscale.pretrained import Pretrained, open_pretrained, random_like
 from brainscale.report_compare import distinct
-from brainscale.settings import InputError
+from brainscale.settings import InputError, load
 from brainscale.store import Store
+from brainscale.store_files import COMPLETE
+
+CNN, RANDOM = "small CNN", "random"
+BASELINES = (CNN, "histogram+volume", "volume")
+"""Names that no run may have, as `RANDOM`."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,16 @@ class Contestant:
         """32 hex digits over the features, and over the weights where there are any."""
         digest = hashlib.sha256(repr(self.features.shape).encode())
         digest.update(np.ascontiguousarray(self.features).tobytes())
-        for tensor in self.pretrained.state_dict().values() if self.pretrained is not None else ():
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(self.pretrained.fingerprint().encode() if self.pretrained is not None else b"")
         return digest.hexdigest()[:32]
 
 
-def open_all(sources: Sequence[Path], part: str, store: Store) -> dict[str, Pretrained]:
+def open_all(sources: Sequence[Path], part: str, layers: Sequence[int], store: Store) -> dict[str, Pretrained]:
     """Name → encoder of each run folder or export, checked against the store and made for its volumes.
 
     Names are those of the folders, with as many of the folders above as tell them apart. Raises InputError for a source
-    that is given twice or is none, and for one that was trained on volumes of another plan.
+    that is given twice or is none, that was trained on volumes of another plan, lacks a layer, or is called like a
+    baseline. part: of JEPA runs; others have an encoder alone.
     """
     places = [str(path.resolve()) for path in sources]
     if twice := [path for path, place in zip(sources, places) if places.count(place) > 1]:
@@ -60,8 +67,15 @@ def open_all(sources: Sequence[Path], part: str, store: Store) -> dict[str, Pret
     found = {}
     for path, name in zip(sources, distinct(places)):
         is_run = (path / "config.toml").is_file()
-        encoder = open_pretrained(path, part if is_run else "encoder")
+        is_jepa = is_run and load(Config, path / "config.toml").objective == "jepa"
+        encoder = open_pretrained(path, part if is_jepa else "encoder")
         encoder.check(store.plan, f"the store {store.path}")
+        if wrong := [k for k in layers if not -1 <= k < encoder.settings.depth]:
+            raise InputError(
+                f"{path} has blocks 0 to {encoder.settings.depth - 1} and no layer {wrong[0]}; give another"
+            )
+        if name in BASELINES or name == RANDOM or name.startswith(f"{RANDOM} like "):
+            raise InputError(f"{path} is called like a baseline; give it under another folder name")
         found[name] = encoder.at(store.volume_zyx)
     return found
 
@@ -78,7 +92,7 @@ def gather(
 ) -> list[Contestant]:
     """All contestants with their features of the given rows of a store; one random encoder for every shape.
 
-    folder: where features are kept for another start. Raises InputError when a run has the name of a baseline.
+    folder: where features are kept for another start. Raises InputError for an encoder whose features are not finite.
     """
     encoders = [
         (name, "run" if (path / "config.toml").is_file() else "export", str(path), encoder)
@@ -86,7 +100,7 @@ def gather(
     ]
     shapes = {encoder.settings: name for name, encoder in reversed(opened.items())}
     for name in shapes.values():
-        label = "random" if len(shapes) == 1 else f"random like {name}"
+        label = RANDOM if len(shapes) == 1 else f"{RANDOM} like {name}"
         encoders.append((label, "baseline", "random weights", random_like(opened[name], settings.random_seed)))
     found = []
     for number, (name, kind, source, encoder) in enumerate(encoders, 1):
@@ -94,15 +108,14 @@ def gather(
         make = partial(
             features.embed, encoder, store, rows, layers=settings.layers, pooling=settings.pooling, device=device
         )
-        values = kept(folder / f"features-{weights_hash(encoder, store, rows, settings)}.npy", make)
+        recipe = f"{encoder.fingerprint()} {encoder.settings.model_dump_json()} {settings.layers} {settings.pooling}"
+        values = kept(folder / f"features-{rows_hash(store, rows, recipe)}.npy", make)
+        refuse_non_finite(values, name)
         found.append(Contestant(name, kind, source, encoder.about, values, encoder))
     for name, measure in (("histogram+volume", baselines.histogram_and_volume), ("volume", baselines.volume)):
         say(f"features of {len(rows)} scans: {name}")
         path = folder / f"features-{name}-{rows_hash(store, rows)}.npy"
         found.append(Contestant(name, "baseline", "intensities", {}, kept(path, partial(measure, store, rows))))
-    names = [one.name for one in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"a run is called {twice[0]!r}, as a baseline is; give it under another folder name")
     return found
 
 
@@ -123,33 +136,38 @@ def tokens_on_disk(pretrained: Pretrained, store: Store, rows: np.ndarray, path:
         with torch.no_grad():
             for begin in range(0, len(rows), size):
                 volumes = features.read_normalised(store, rows[begin : begin + size]).to(device)
-                tokens[begin : begin + size] = encoder.tokens(volumes)[0].half().cpu().numpy()
+                values = encoder.tokens(volumes)[0].half().cpu().numpy()
+                refuse_non_finite(values, "an encoder")
+                tokens[begin : begin + size] = values
         tokens.flush()
         partial.rename(path)
     return np.load(path, mmap_mode="r")
 
 
+def refuse_non_finite(values: np.ndarray, name: str) -> None:
+    """Raise InputError for features or tokens (float16) that are not finite: they would be scored as worst."""
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"features of {name} are not finite; look at its training (RUN/report.html), and give an earlier checkpoint"
+        )
+
+
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array that is made once and then read."""
+    """An array that is made once and then read. Raises InputError for a file that is damaged."""
     if not path.is_file():
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.save(file, make())
+            file.flush()
+            os.fsync(file.fileno())
         partial.rename(path)
-    return np.load(path, allow_pickle=False)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and run the same again") from None
 
 
-def rows_hash(store: Store, rows: np.ndarray) -> str:
-    """32 hex digits over the voxels that rows of a store hold."""
-    digest = hashlib.sha256(store.plan_hash.encode() + rows.tobytes())
-    digest.update("".join(store.column("voxels_xxh3_128")[np.searchsorted(store.rows, rows)]).encode())
-    return digest.hexdigest()[:32]
-
-
-def weights_hash(encoder: Pretrained, store: Store, rows: np.ndarray, settings: EvaluationSettings) -> str:
-    """32 hex digits over all that features depend on."""
-    text = f"{rows_hash(store, rows)} {settings.layers} {settings.pooling} {encoder.settings.model_dump_json()}"
-    digest = hashlib.sha256(text.encode())
-    for tensor in encoder.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+def rows_hash(store: Store, rows: np.ndarray, recipe: str = "") -> str:
+    """32 hex digits over rows of a store, all that it holds (by its COMPLETE.json), and what is done to them."""
+    complete = (store.path / COMPLETE).read_bytes()
+    return hashlib.sha256(b"\0".join((complete, rows.tobytes(), recipe.encode()))).hexdigest()[:32]

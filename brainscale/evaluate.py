@@ -11,7 +11,6 @@ is counted. The statistics are in intervals.py.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
@@ -24,14 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from brainscale import contestants, provenance
-from brainscale.contestants import Contestant
+from brainscale import contamination, contestants, provenance
+from brainscale.contestants import CNN, Contestant
 from brainscale.evaluation_settings import EvaluationSettings
-from brainscale.intervals import Estimate
+from brainscale.intervals import Estimate, estimate
 from brainscale.parts import Parts
+from brainscale.pipelines import Pipelines
+from brainscale.settings import InputError
+from brainscale.split_files import Split
 from brainscale.splits import make_splits
 from brainscale.store import Store
-from brainscale.task_scores import CNN, TaskWork
+from brainscale.task_scores import TaskWork
 from brainscale.task_settings import Task
 from brainscale.tasks import Labelled, labelled, named_subjects
 
@@ -56,11 +58,13 @@ def run(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Path:
-    """Score runs and exports on tasks of a store; returns OUT/scores.json. Raises InputError for what cannot be scored,
-    before anything is computed."""
+    """Score runs and exports on tasks of a store; returns OUT/scores.json. Raises InputError for tasks, splits and
+    encoders that cannot be scored before anything is computed."""
     cases = [labelled(task, store) for task in tasks]
     dealt = [make_splits(case, settings.seed) for case in cases]
-    opened = contestants.open_all(sources, settings.part, store)
+    for case, splits in zip(cases, dealt):
+        refuse_unscorable(case, splits)
+    opened = contestants.open_all(sources, settings.part, settings.layers, store)
     out.mkdir(parents=True, exist_ok=True)
     rows = np.unique(np.concatenate([case.rows for case in cases]))
     parts, scratch = Parts(out / "parts"), out / "scratch"
@@ -69,9 +73,11 @@ def run(
     records: list[dict[str, Any]] = []
     predicted: dict[tuple[str, str, str], Estimate] = {}
     for case, splits in zip(cases, dealt):
-        work = TaskWork(case, splits, store, rows, entrants, parts, settings, device, scratch, say)
+        pipelines = Pipelines(case, store, rows, scratch, device)
+        work = TaskWork(case, splits, store, entrants, parts, settings, pipelines, say)
         records.append(work.score())
         predicted |= {(case.task.name, *key): found for key, found in work.estimates.items()}
+    seen = {name: pretrained_on(path, store, say, name) for name, path in zip(opened, sources)}
     result = {
         "schema": 1,
         "store": store.path.name,
@@ -81,14 +87,47 @@ def run(
         "versions": provenance.versions(),
         "commit": provenance.commit(),
         "settings": settings.model_dump(mode="json"),
-        "encoders": [described(entrant) for entrant in entrants] + ([CNN_RECORD] if settings.cnn else []),
+        "encoders": [{**described(entrant), "pretrained_on": seen.get(entrant.name)} for entrant in entrants]
+        + ([CNN_RECORD] if settings.cnn else []),
         "tasks": records,
         "maps": {e.name: embedding_map(e, rows, cases, store) for e in entrants if e.pretrained is not None},
     }
     write_predictions(predicted, out / PREDICTIONS)
     provenance.write_text(out / SCORES, json.dumps(result, indent=1))
-    shutil.rmtree(scratch, ignore_errors=True)
     return out / SCORES
+
+
+def refuse_unscorable(case: Labelled, splits: Sequence[Split]) -> None:
+    """Raise InputError where scores of a task could not be computed whatever was predicted: found out by a guess."""
+    if not case.classes and np.ptp(case.y) == 0:
+        raise InputError(
+            f'task "{case.task.name}": every {case.task.column} is {case.y[0]:g}; there is nothing to tell'
+        )
+
+    def guess(y: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+        return np.full((len(test), len(case.classes)), 1 / len(case.classes)) if case.classes else np.zeros(len(test))
+
+    try:
+        estimate(guess, case.task.kind, case.y, case.groups, splits, 0)
+    except InputError as error:
+        raise InputError(f'task "{case.task.name}": {error}') from None
+
+
+def pretrained_on(path: Path, store: Store, say: Callable[[str], None], name: str) -> int | None:
+    """How many subjects of the store a run was pretrained on, without their labels; None where that is not known (an
+    export, or a training store that is not there)."""
+    if not (path / "config.toml").is_file():
+        return None
+    try:
+        found = contamination.compare(
+            contamination.read_source(path, "pretraining"), contamination.read_source(store.path)
+        )
+    except (InputError, FileNotFoundError) as error:
+        say(f"{name}: whether scored subjects were pretrained on is not known ({error})")
+        return None
+    seen = len({subject for subject, hit in zip(found.test.subjects.tolist(), found.seen.tolist()) if hit})
+    say(f"{name}: {seen} subjects of the store were pretrained on, without labels")
+    return seen
 
 
 CNN_RECORD = {"name": CNN, "kind": "baseline", "source": "trained from scratch"}
@@ -100,6 +139,7 @@ def described(entrant: Contestant) -> dict[str, Any]:
     return {
         "name": entrant.name, "kind": entrant.kind, "source": entrant.source, **about,
         "dimensions": int(entrant.features.shape[1]),
+        "weights": entrant.pretrained.fingerprint() if entrant.pretrained is not None else None,
     }  # fmt: skip
 
 

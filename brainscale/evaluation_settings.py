@@ -1,9 +1,10 @@
 """How tasks are scored."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from brainscale.features import Pooling
 from brainscale.settings import Model
 
 
@@ -23,12 +24,10 @@ class EvaluationSettings(Model):
     part: Literal["encoder", "teacher"] = "encoder"
     """Which part of a JEPA."""
     layers: tuple[int, ...] = (-1,)
-    pooling: str = "mean"
-    resamples: int = Field(default=2000, ge=100)
-    """Of test subjects, for an interval on a held-out side."""
+    pooling: Pooling = "mean"
     permutations: int = Field(default=200, ge=0)
     """Of labels, through the whole pipeline of a linear probe; 0: none."""
-    few_shot: tuple[int, ...] = (8, 16, 32, 64)
+    few_shot: tuple[Annotated[int, Field(ge=2)], ...] = (8, 16, 32, 64)
     """Training subjects per class of the few-shot curves; what the training side does not have is left out."""
     few_shot_draws: int = Field(default=10, ge=2)
     network_repeats: int = Field(default=1, ge=1)

@@ -109,7 +109,7 @@ def model_card(pretrained: Pretrained, form: Format, words: Words, scores: score
         usage=USAGE[form],
         scores=scores,
         is_scored=scores is not None
-        and any((e.objective, e.step) == (about["objective"], about["step"]) for e in scores.encoders),
+        and any(encoder.weights == pretrained.fingerprint() for encoder in scores.encoders),
         settings=to_toml(Config.model_validate(about["settings"])).strip(),
     )
 

@@ -14,6 +14,8 @@ class Permutation:
     """The p-value of no effect, and what it is made of."""
 
     p: float
+    as_good: int
+    """Permuted scores at least as good as the true one."""
     value: float
     """The score with the true labels."""
     null: np.ndarray
@@ -30,6 +32,7 @@ def permutation_test(
     permutations: int = 200,
     metric: str | None = None,
     progress: Progress | None = None,
+    begin: int = 0,
 ) -> Permutation:
     """p = (1 + #{permuted score at least as good}) / (1 + permutations), which is never 0 (Phipson & Smyth 2010).
 
@@ -37,20 +40,20 @@ def permutation_test(
     are permuted within each test fold (for one held-out test set: within either side), so the splits stay as stratified
     as they were drawn. Of repeated folds the first repeat is used, for the true labels too.
 
-    y, subjects: (scans,). metric: the kind's main one by default.
+    y, subjects: (scans,). metric: the kind's main one by default. begin: number of the first permutation, each of which
+    depends on (seed, its number) alone, so that many can be done in pieces.
     """
     metric = metric or METRICS[kind][0]
     splits, side = first_repeat(subjects, splits)
     value = score_of(predict(pipeline, kind, y, subjects, splits, seed), metric)
-    rng = np.random.default_rng(seed)
     null = np.empty(permutations)
     for number in range(permutations):
-        shuffled = permuted(y, subjects, side, rng)
+        shuffled = permuted(y, subjects, side, np.random.default_rng([seed, begin + number]))
         null[number] = score_of(predict(pipeline, kind, shuffled, subjects, splits, seed), metric)
         if progress:
             progress(number + 1, permutations)
-    as_good = null <= value + 1e-12 if metric in SMALLER_IS_BETTER else null >= value - 1e-12
-    return Permutation(float((1 + as_good.sum()) / (1 + permutations)), value, null)
+    as_good = int((null <= value + 1e-12 if metric in SMALLER_IS_BETTER else null >= value - 1e-12).sum())
+    return Permutation((1 + as_good) / (1 + permutations), as_good, value, null)
 
 
 def permuted(y: np.ndarray, subjects: np.ndarray, side: np.ndarray, rng: np.random.Generator) -> np.ndarray:

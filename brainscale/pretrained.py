@@ -6,6 +6,7 @@ DeepSpeed or Triton.
 Letters: B batch, N tokens, C width, L layers, Z Y X voxels.
 """
 
+import hashlib
 import importlib
 import json
 import warnings
@@ -90,6 +91,14 @@ class Pretrained(nn.Module):
         the corner of the volume, so a larger volume has positions that were never trained."""
         contract = self.contract.model_copy(update={"volume_zyx": tuple(volume_zyx)})
         return self._like(Pretrained(self.settings, contract, self.about), self.encoder.state_dict())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and bytes of all weights: the same for the same encoder, wherever it lies."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self, plan: Plan, what: str = "the store") -> None:
         """Raise InputError, with the settings that differ, unless `plan` gives the values that the encoder knows.

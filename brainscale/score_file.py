@@ -37,6 +37,7 @@ class Encoder(Part):
     step: int | None = None
     samples: int | None = None
     dimensions: int | None = None
+    weights: str | None = None
 
 
 class Valued(Part):

@@ -8,30 +8,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from brainscale import contestants, features, split_lint
-from brainscale.contestants import Contestant
-from brainscale.deep_probes import ATTENTIVE, FINE_TUNE, SMALL_CNN, AttentiveProbe, FineTune, SmallCnn
+from brainscale import contestants, split_lint
+from brainscale.contestants import CNN, Contestant
 from brainscale.evaluation_settings import EvaluationSettings
 from brainscale.few_shot import few_shot_curve
 from brainscale.intervals import Estimate, Pipeline, estimate, interval, paired_difference
 from brainscale.parts import Parts
 from brainscale.permutations import permutation_test
+from brainscale.pipelines import FEATURE_PROBES, NETWORKS, Pipelines
 from brainscale.power import power
-from brainscale.probes import FeatureProbe
-from brainscale.scores import METRICS
+from brainscale.scores import METRICS, by_subject
 from brainscale.site_leakage import site_case
 from brainscale.split_files import Split
 from brainscale.store import Store
 from brainscale.tasks import Labelled
 
-CNN = "small CNN"
-FEATURE_PROBES, NETWORKS = ("knn", "linear"), ("attentive", "finetune", "cnn")
+PIECES = 1
+"""Of what pieces hold; another number makes them anew."""
+PERMUTED = 20
+"""Permutations in a piece."""
 ARRAYS = ("subjects", "y", "predictions", "folds")
 Make = Callable[[], Pipeline]
 
@@ -43,13 +42,10 @@ class TaskWork:
     case: Labelled
     splits: list[Split]
     store: Store
-    rows: np.ndarray
-    """Of the contestants' features."""
     entrants: list[Contestant]
     parts: Parts
     settings: EvaluationSettings
-    device: torch.device
-    scratch: Path
+    pipelines: Pipelines
     say: Callable[[str], None]
     estimates: dict[tuple[str, str], Estimate] = field(default_factory=dict)
     """(contestant, probe) → what was predicted."""
@@ -71,9 +67,12 @@ class TaskWork:
 
     def score(self) -> dict[str, Any]:
         """The task's record in scores.json; fills `estimates`."""
+        described = self.described()
+        for sentence in (*(finding["sentence"] for finding in described["lint"]), described["power"]["sentence"]):
+            self.say(f"{self.case.task.name}: {sentence}")
         rows = [row for contest in self.contests() for row in self.scored(*contest)]
         return {
-            **self.described(), "scores": rows, "paired": self.paired(), "few_shot": self.few_shot(),
+            **described, "scores": rows, "paired": self.paired(), "few_shot": self.few_shot(),
             "site": self.site(),
         }  # fmt: skip
 
@@ -85,45 +84,15 @@ class TaskWork:
         for probe in self.settings.probes:
             for entrant in self.entrants:
                 if probe in FEATURE_PROBES:
-                    found.append((entrant.name, probe, partial(self.feature_probe, entrant, probe), entrant.key))
+                    found.append(
+                        (entrant.name, probe, partial(self.pipelines.feature_probe, entrant, probe), entrant.key)
+                    )
                 elif entrant.pretrained is not None:
-                    make = self.attentive if probe == "attentive" else self.fine_tuned
+                    make = self.pipelines.attentive if probe == "attentive" else self.pipelines.fine_tuned
                     found.append((entrant.name, probe, partial(make, entrant), entrant.key))
         if self.settings.cnn:
-            found.append((CNN, "cnn", self.small_cnn, contestants.rows_hash(self.store, self.case.rows)))
+            found.append((CNN, "cnn", self.pipelines.small_cnn, contestants.rows_hash(self.store, self.case.rows)))
         return found
-
-    def feature_probe(self, entrant: Contestant, probe: str) -> Pipeline:
-        """A kNN or linear probe."""
-        at = np.searchsorted(self.rows, self.case.rows)
-        return FeatureProbe(entrant.features[at], self.people, self.kind, probe)
-
-    def attentive(self, entrant: Contestant) -> Pipeline:
-        """An attentive probe of the tokens of the last layer, which are kept on disk (float16) meanwhile."""
-        assert entrant.pretrained is not None
-        path = self.scratch / f"tokens-{entrant.key}-{self.case.task.name}.npy"
-        tokens = contestants.tokens_on_disk(entrant.pretrained, self.store, self.case.rows, path, self.device)
-        heads, settings = entrant.pretrained.settings.heads, ATTENTIVE.model_copy(update=self.place())
-        return AttentiveProbe(tokens, self.people, self.kind, heads, settings)
-
-    def fine_tuned(self, entrant: Contestant) -> Pipeline:
-        """The encoder trained for the task."""
-        assert entrant.pretrained is not None
-        settings = FINE_TUNE.model_copy(update=self.place())
-        return FineTune(entrant.pretrained, self.volumes, self.people, self.kind, settings)
-
-    def small_cnn(self) -> Pipeline:
-        """A network that starts from nothing."""
-        settings = SMALL_CNN.model_copy(update=self.place())
-        return SmallCnn(self.volumes, self.people, self.kind, settings=settings)
-
-    def place(self) -> dict[str, str]:
-        """Where networks are trained, and in what: bf16 on a GPU."""
-        return {"device": str(self.device), "precision": "bf16" if self.device.type == "cuda" else "fp32"}
-
-    def volumes(self, scans: np.ndarray) -> torch.Tensor:
-        """(B,Z,Y,X) values of scans of the task, as encoders read them."""
-        return features.read_normalised(self.store, self.case.rows[scans])
 
     # ------------------------------------------------------------------------------- what comes out
 
@@ -132,10 +101,8 @@ class TaskWork:
         found = self.estimates[name, probe] = self.estimated(probe, make, key)
         main, p = found.intervals[self.main], None
         if probe == "linear" and self.settings.permutations:
-            p = self.parts.get(
-                self.key("permutations", self.splits, name=key, probe=probe, times=self.settings.permutations),
-                lambda: self.permuted(make()),
-            )
+            p = self.permuted(name, make, key)
+        self.pipelines.tidy()
         tested = "" if p is None else f", p {p:.3f}"
         self.say(
             f"{self.case.task.name}: {name}, {probe}: {self.main} {main.value:.3f} "
@@ -159,24 +126,29 @@ class TaskWork:
             arrays = {name: getattr(found, name).tolist() for name in ARRAYS}
             return {**arrays, "chosen": found.chosen}
 
-        kept = self.parts.get(self.key("predictions", splits, name=key, probe=probe), compute)
+        piece = self.key("predictions", splits, name=key, probe=probe, how=self.pipelines.how(probe))
+        kept = self.parts.get(piece, compute)
         subjects, y, predictions, folds = (np.array(kept[name]) for name in ARRAYS)
         found = Estimate(self.kind, subjects, y, predictions, folds, kept["chosen"])
         found.intervals.update({metric: interval(found, metric) for metric in METRICS[self.kind]})
         return found
 
-    def permuted(self, pipeline: Pipeline) -> float:
-        """The p of no effect."""
-        say, task, settings = self.say, self.case.task.name, self.settings
+    def permuted(self, name: str, make: Make, key: str) -> float:
+        """The p of no effect: (1 + permutations as good) / (1 + permutations), in pieces of `PERMUTED`."""
+        as_good, times = 0, self.settings.permutations
+        for begin in range(0, times, PERMUTED):
+            number = min(PERMUTED, times - begin)
 
-        def progress(done: int, of: int) -> None:
-            if done % 50 == 0:
-                say(f"{task}: {done} of {of} permutations")
+            def count(begin: int = begin, number: int = number) -> int:
+                return permutation_test(
+                    make(), self.kind, self.case.y, self.people, self.splits, self.settings.seed, number, begin=begin
+                ).as_good
 
-        return permutation_test(
-            pipeline, self.kind, self.case.y, self.people, self.splits, settings.seed, settings.permutations,
-            progress=progress,
-        ).p  # fmt: skip
+            piece = self.key("permutations", self.splits, name=key, probe="linear", begin=begin, number=number)
+            as_good += self.parts.get(piece, count)
+            if begin and begin % (5 * PERMUTED) == 0:
+                self.say(f"{self.case.task.name}: {name}: {begin} of {times} permutations")
+        return (1 + as_good) / (1 + times)
 
     def used(self, probe: str) -> list[Split]:
         """The splits that a probe goes through: networks take fewer repeats of a cross-validation."""
@@ -191,7 +163,8 @@ class TaskWork:
         for array in (self.case.rows, self.case.y, *(side for split in splits for side in (split.train, split.test))):
             digest.update(np.ascontiguousarray(array).tobytes() + b"|")
         digest.update("\0".join(self.people.tolist()).encode())
-        return {"what": what, "kind": self.kind, "scans": digest.hexdigest(), "seed": self.settings.seed, **more}
+        found = {"what": what, "kind": self.kind, "scans": digest.hexdigest(), "seed": self.settings.seed}
+        return {"pieces": PIECES, **found, **more}
 
     # ------------------------------------------------------------------------------- around the scores
 
@@ -203,8 +176,15 @@ class TaskWork:
         used = np.unique(np.concatenate([side for split in self.splits for side in (split.train, split.test)]))
         shared = replace(case, subjects=case.subjects[used], y=case.y[used])
         unused = {"in no list of the split": len(case.rows) - len(used)} if len(used) < len(case.rows) else {}
-        resolved = power(self.kind, next(iter(self.estimates.values())).y)
+        tested = np.unique(np.concatenate([split.test for split in self.splits]))
+        resolved = power(self.kind, by_subject(self.people[tested], case.y[tested], np.zeros(len(tested)))[1])
+        sentence, folds = resolved.sentence, len(self.splits) // len(repeats)
+        if not held_out:
+            sentence += (
+                f"; refitting in cross-validation may widen both, by {np.sqrt(1 + folds / (folds - 1)):.1f}× at most"
+            )
         found = [finding for finding in split_lint.lint(case, self.splits, self.store) if finding.severity != "note"]
+        found = [finding for finding in found if finding.code != "repeated_subject"]  # scores are per subject here
         return {
             "name": case.task.name, "kind": self.kind, "classes": list(case.classes), "column": case.task.column,
             "subjects": len({*self.people[used].tolist()}), "scans": len(used), "class_counts": shared.class_counts(),
@@ -214,7 +194,7 @@ class TaskWork:
             "repeats": None if held_out else len(repeats),
             "train_subjects": sides[0], "test_subjects": sides[1],
             "lint": [{"code": f.code, "severity": f.severity, "sentence": f.sentence} for f in found],
-            "power": asdict(resolved),
+            "power": {**asdict(resolved), "sentence": sentence},
         }  # fmt: skip
 
     def paired(self) -> list[dict[str, Any]]:
@@ -253,7 +233,7 @@ class TaskWork:
     def curve(self, entrant: Contestant) -> list[dict[str, Any]]:
         """The points of one contestant's curve."""
         found = few_shot_curve(
-            self.feature_probe(entrant, "linear"), self.kind, self.case.y, self.people, self.splits,
+            self.pipelines.feature_probe(entrant, "linear"), self.kind, self.case.y, self.people, self.splits,
             self.settings.seed, self.settings.few_shot, self.settings.few_shot_draws,
         )  # fmt: skip
         return [
@@ -267,10 +247,11 @@ class TaskWork:
         found = site_case(self.case, self.store, self.settings.seed)
         if found is None:
             return None
-        work = replace(self, case=found[0], splits=found[1], estimates={})
+        pipelines = replace(self.pipelines, case=found[0])
+        work = replace(self, case=found[0], splits=found[1], pipelines=pipelines, estimates={})
         rows = []
         for entrant in self.entrants:
-            one = work.estimated("linear", partial(work.feature_probe, entrant, "linear"), entrant.key)
+            one = work.estimated("linear", partial(work.pipelines.feature_probe, entrant, "linear"), entrant.key)
             rows.append({"encoder": entrant.name, "metric": "auroc", **asdict(one.intervals["auroc"])})
         return {"column": found[0].task.column, "classes": len(found[0].classes), "scores": rows}
 

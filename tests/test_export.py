@@ -112,10 +112,10 @@ def test_the_card(unbroken, tmp_path):
     assert rows and all(line.endswith("|") for line in rows)
 
 
-def scores(step: int) -> dict[str, object]:
-    """A record of an evaluation of the run at a step."""
+def scores(weights: str) -> dict[str, object]:
+    """A record of an evaluation of the run at step 40, with these weights."""
     encoders = [
-        {"name": "mae", "kind": "run", "source": "/secret/place", "objective": "mae", "step": step},
+        {"name": "mae", "kind": "run", "source": "/secret/place", "objective": "mae", "step": 40, "weights": weights},
         {"name": "random", "kind": "baseline", "source": None},
     ]
     found = [
@@ -141,11 +141,11 @@ def test_scores_in_the_card(unbroken, tmp_path):
     run = linked(unbroken, tmp_path / "run")
     (run / "evaluation").mkdir()
     path = run / "evaluation" / "scores.json"
-    path.write_text(json.dumps(scores(40)))
+    path.write_text(json.dumps(scores(from_run(run).fingerprint())))
     card = (export(run, tmp_path / "a") / "README.md").read_text()
     assert "| sex | 47 | holdout | mae | linear | auroc | 0.712 | 0.550 to – |" in card
     assert "| random | baseline |  |  |" in card and "None of these" not in card and "/secret" not in card
-    path.write_text(json.dumps(scores(20)))
+    path.write_text(json.dumps(scores("those of another training")))
     card = (export(run, tmp_path / "b") / "README.md").read_text()
     assert "None of these encoders is the exported one (mae, step 40)" in card
     path.write_text("{")
