@@ -178,7 +178,7 @@ def _counts(scans: "Labelled", parts: "list[Split]") -> str:
     for side in ("train", "test") if parts else ():
         places = getattr(parts[0], side)
         subjects, y = scans.subjects[places], scans.y[places]
-        classes = [f"{len(set(subjects[y == k].tolist()))} {name}" for k, name in enumerate(scans.classes)]
+        classes = [f"{len(set(subjects[y == k].tolist()))} {name}" for k, name in enumerate(scans.classes) if name]
         counts = f"{len(set(subjects.tolist()))} subjects ({', '.join(classes)})" if classes else (
             f"{len(set(subjects.tolist()))} subjects"
         )  # fmt: skip

@@ -18,6 +18,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,7 @@ from brainscale.evaluation_settings import EvaluationSettings
 from brainscale.intervals import Estimate, estimate
 from brainscale.parts import Parts
 from brainscale.pipelines import Pipelines
+from brainscale.pretrained import Pretrained
 from brainscale.settings import InputError
 from brainscale.split_files import Split
 from brainscale.splits import make_splits
@@ -66,6 +68,25 @@ def run(
         refuse_unscorable(case, splits)
     opened = contestants.open_all(sources, settings.part, settings.layers, store)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / ".lock", timeout=0):
+            return score(sources, opened, store, cases, dealt, out, settings, device, say)
+    except filelock.Timeout:
+        raise InputError(f"another evaluation is at work in {out}; wait for it, or give another --out") from None
+
+
+def score(
+    sources: Sequence[Path],
+    opened: dict[str, Pretrained],
+    store: Store,
+    cases: Sequence[Labelled],
+    dealt: Sequence[list[Split]],
+    out: Path,
+    settings: EvaluationSettings,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Path:
+    """`run` behind its checks, alone in OUT."""
     rows = np.unique(np.concatenate([case.rows for case in cases]))
     parts, scratch = Parts(out / "parts"), out / "scratch"
     entrants = contestants.gather(opened, sources, store, rows, settings, parts.folder, device, say)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import filelock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +180,12 @@ def test_few_shot_curves_are_of_what_was_asked_for(scored):
         assert {(point.encoder, point.shots_per_class) for point in task.few_shot} == {
             (name, 4) for name in ("unbroken", "random", "histogram+volume", "volume")
         }
+
+
+def test_two_evaluations_in_one_folder_are_refused(store, unbroken, tmp_path):
+    tasks = [Task(name="ill", kind="binary", column="ill", split=FOLDS)]
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another evaluation is at work"):
+        evaluate.run([unbroken], store, tasks, tmp_path, QUICK, CPU, lambda text: None)
 
 
 def test_features_that_are_not_finite_are_refused(store, unbroken, tmp_path):

@@ -143,7 +143,7 @@ def test_scores_in_the_card(unbroken, tmp_path):
     path = run / "evaluation" / "scores.json"
     path.write_text(json.dumps(scores(from_run(run).fingerprint())))
     card = (export(run, tmp_path / "a") / "README.md").read_text()
-    assert "| sex | 47 | holdout | mae | linear | auroc | 0.712 | 0.550 to – |" in card
+    assert "| sex | 47 | holdout | mae | linear | auroc | 0.712 | 0.550 to – | – |" in card
     assert "| random | baseline |  |  |" in card and "None of these" not in card and "/secret" not in card
     path.write_text(json.dumps(scores("those of another training")))
     card = (export(run, tmp_path / "b") / "README.md").read_text()
