@@ -31,7 +31,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit, logit
 
-from brainscale.resampling import jackknife_variance, leave_one_out, weighted_scores
+from brainscale.resampling import jackknife_freedom, jackknife_variance, leave_one_out, weighted_scores
 from brainscale.scores import METRICS, by_subject
 from brainscale.settings import InputError
 
@@ -167,16 +167,20 @@ def interval(found: Estimate, metric: str) -> Interval:
     method = f"jackknife over {len(found.y)} test subjects on the {scale} scale"
     if folds > 1:
         method += f", variance × {1 + share:.2f} for refitting ({repeats} × {folds} folds)"
-    return Interval(value, *bounds(metric, value, variance, len(found.y)), method)
+    left_out = _left_out(found, metric)
+    freedom = jackknife_freedom(left_out, _strata(found))
+    return Interval(value, *bounds(metric, value, variance, _informative(found), freedom), method)
 
 
-def bounds(metric: str, value: float, variance: float, subjects: int) -> tuple[float, float]:
-    """The 95 % bounds on the metric's scale without bounds, with Student's t of subjects - 1.
+def bounds(
+    metric: str, value: float, variance: float, subjects: int, freedom: float | None = None
+) -> tuple[float, float]:
+    """The 95 % bounds on the metric's scale without bounds, with Student's t of `freedom` (by default subjects - 1).
 
     Without any spread (every subject right) the variance would be nothing: it is then that of a share of which half a
     subject more is wrong.
     """
-    reach = stats.t.ppf(0.975, subjects - 1)
+    reach = stats.t.ppf(0.975, subjects - 1 if freedom is None else freedom)
     if metric == "mae":
         factor = np.exp(reach * np.sqrt(variance) / value) if value > 0 else 1.0
         return float(value / factor), float(value * factor)
@@ -211,19 +215,35 @@ def paired_difference(a: Estimate, b: Estimate, metric: str) -> Difference:
     """a - b of two pipelines tested on the same subjects and splits.
 
     The variance is the jackknife of the difference (for AUROC: DeLong et al. 1988), times 1 + the larger of the two
-    shares that refitting adds; t-test with subjects - 1 degrees of freedom. Raises InputError on other subjects or
-    folds.
+    shares that refitting adds, and at least what a perfect score is given in `bounds`; t-test with the degrees of
+    freedom of that variance (Welch). Raises InputError on other subjects or folds.
     """
     if not (np.array_equal(a.subjects, b.subjects) and np.array_equal(a.folds, b.folds) and np.array_equal(a.y, b.y)):
         raise InputError("two scores of other subjects or splits; a paired test needs the same of both")
     value = score_of(a, metric) - score_of(b, metric)
-    spread = jackknife_variance(_left_out(a, metric) - _left_out(b, metric), _strata(a))
+    left_out = _left_out(a, metric) - _left_out(b, metric)
+    spread = max(jackknife_variance(left_out, _strata(a)), *(_least_variance(one, metric) for one in (a, b)))
     error = float(np.sqrt(spread * (1 + max(refit_share(a, metric), refit_share(b, metric)))))
-    if error == 0:
-        return Difference(value, value, value, 1.0 if value == 0 else 0.0)
-    reach = stats.t.ppf(0.975, len(a.y) - 1) * error
-    p = float(2 * stats.t.sf(abs(value) / error, len(a.y) - 1))
+    if error == 0:  # the same predictions, or two constants
+        return Difference(value, value, value, 1.0)
+    freedom = jackknife_freedom(left_out, _strata(a))
+    reach = stats.t.ppf(0.975, freedom) * error
+    p = float(2 * stats.t.sf(abs(value) / error, freedom))
     return Difference(value, float(value - reach), float(value + reach), p)
+
+
+def _informative(found: Estimate) -> int:
+    """Test subjects that a score hangs on: of classes, twice as many as the rarest has."""
+    return len(found.y) if found.kind == "regression" else min(len(found.y), 2 * int(np.bincount(found.y).min()))
+
+
+def _least_variance(found: Estimate, metric: str) -> float:
+    """Of a score that is perfect (or wholly wrong) and so does not vary: as in `bounds`. 0 for any other."""
+    value, n = score_of(found, metric), _informative(found)
+    if found.kind == "regression" or 0 < value < 1:
+        return 0.0
+    inside = (value * n + 0.5) / (n + 1)
+    return inside * (1 - inside) / n
 
 
 def _scores(found: Estimate, metric: str, weights: np.ndarray) -> np.ndarray:

@@ -69,3 +69,17 @@ def jackknife_variance(left_out: np.ndarray, strata: np.ndarray) -> float:
     AUROC it is that of DeLong et al. 1988 to order 1/m). left_out: (m,); strata: (m,)."""
     parts = [left_out[strata == stratum] for stratum in np.unique(strata)]
     return float(sum((len(part) - 1) / len(part) * ((part - part.mean()) ** 2).sum() for part in parts))
+
+
+def jackknife_freedom(left_out: np.ndarray, strata: np.ndarray) -> float:
+    """Degrees of freedom of that variance: of strata with few subjects that vary much, few (Welch 1947, Satterthwaite
+    1946). All of them where nothing varies."""
+    sizes, each = [], []
+    for stratum in np.unique(strata):
+        members = strata == stratum
+        sizes.append(int(members.sum()))
+        each.append(jackknife_variance(left_out[members], strata[members]))
+    total = sum(each)
+    if total == 0:
+        return float(min(sizes) - 1)
+    return total**2 / sum(variance**2 / (size - 1) for variance, size in zip(each, sizes))
