@@ -165,6 +165,7 @@ def test_the_small_form_runs_on_a_cpu_and_goes_on(tmp_path):
         for old, new in (
             ("num_steps = 40\nseeds = [0, 1]", "num_steps = 12\nseeds = [0, 1]"),
             ("train.num_steps=40", "train.num_steps=12"),
+            ("optim.warmup_steps=5", "optim.warmup_steps=2"),
             ("pretrain_subjects = 24", "pretrain_subjects = 12"),
             ("evaluate_subjects = 60", "evaluate_subjects = 40"),
         ):

