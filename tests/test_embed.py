@@ -178,6 +178,7 @@ def test_another_spacing_is_brought_to_the_plans(tmp_path):
     assert two.record["affine_stored"][0] == 4.0 and two.record["spacing_source_mm_xyz"] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_time_place_or_workers(bids, exported, tmp_path):
     files = sorted(bids.glob("sub-[0-3]/anat/*.nii.gz"))
     made = []

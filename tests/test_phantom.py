@@ -242,6 +242,7 @@ def ventricle_mm3(brain: np.ndarray) -> float:
     return 8.0 * (brain[box] < 0.45).sum()
 
 
+@pytest.mark.slow
 def test_ventricles_grow_and_hippocampi_shrink_with_atrophy_and_age(template: Template) -> None:
     hippocampus_mm, _ = effects.HIPPOCAMPUS_MM
     for number in (1, 2):
@@ -257,6 +258,7 @@ def test_ventricles_grow_and_hippocampi_shrink_with_atrophy_and_age(template: Te
             assert hippocampi[after] < hippocampi[before] - 0.01
 
 
+@pytest.mark.slow
 def test_head_surrounds_the_brain_and_has_a_neck(template: Template) -> None:
     whole = phantom.load_template(2, head=True)
     assert whole.brain_xyz.shape == template.brain_xyz.shape

@@ -165,6 +165,7 @@ def test_a_copy_differs_in_its_voxels_alone(cohort: Path, tmp_path: Path, suffix
     np.testing.assert_array_equal(nifti.read(tmp_path / f"b{suffix}").voxels, voxels)
 
 
+@pytest.mark.slow
 def test_the_planted_dataset_says_what_was_done_and_leaves_the_rest(cohort: Path, planted: Path) -> None:
     found = discover.find(planted).scans
     assert [scan.source for scan in found] == [scan.source for scan in discover.find(cohort).scans]
