@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from brainscale.intervals import Estimate
-from brainscale.resampling import jackknife_variance, leave_one_out, weighted_scores
+from brainscale.intervals import Estimate, bounds
+from brainscale.resampling import jackknife_freedom, jackknife_variance, leave_one_out, weighted_scores
 from brainscale.settings import InputError
 
 
@@ -24,19 +24,24 @@ def check_subjects(columns: dict[str, list[Estimate]]) -> None:
 
 
 def summary(column: Sequence[Estimate], metric: str) -> dict[str, Any]:
-    """Mean over seeds, with the 95 % interval of `interval_of`. column: held-out predictions of every seed."""
+    """Mean over seeds with its 95 % interval, on the metric's scale without bounds. column: held-out predictions of
+    every seed."""
     each, left_out = scored(column, metric)
-    low, high = interval_of(float(each.mean()), jackknife_variance(left_out, strata_of(column[0])), each, left_out)[:2]
-    return {"value": float(each.mean()), "low": low, "high": high}
+    value, (variance, freedom) = float(each.mean()), spread(each, left_out, column[0])
+    low, high = bounds(metric, value, variance, len(left_out), freedom)
+    return {"value": value, "low": low, "high": high}
 
 
 def difference(a: Sequence[Estimate], b: Sequence[Estimate], metric: str) -> dict[str, Any]:
     """a − b, paired by seed and test subject: mean over seeds, 95 % interval, two-sided p (none with one seed)."""
     (first, first_out), (second, second_out) = scored(a, metric), scored(b, metric)
-    each, left_out = first - second, first_out - second_out
-    value = float(each.mean())
-    low, high, p = interval_of(value, jackknife_variance(left_out, strata_of(a[0])), each, left_out)
-    return {"difference": value, "low": low, "high": high, "p": p}
+    each = first - second
+    value, (variance, freedom) = float(each.mean()), spread(each, first_out - second_out, a[0])
+    if variance == 0:  # the same predictions
+        return {"difference": value, "low": value, "high": value, "p": 1.0 if len(each) > 1 else None}
+    reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    p = float(2 * stats.t.sf(abs(value) / np.sqrt(variance), freedom)) if len(each) > 1 else None
+    return {"difference": value, "low": value - reach, "high": value + reach, "p": p}
 
 
 def scored(column: Sequence[Estimate], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -50,22 +55,22 @@ def scored(column: Sequence[Estimate], metric: str) -> tuple[np.ndarray, np.ndar
     return np.array(each), np.mean(left_out, axis=0)
 
 
-def interval_of(
-    value: float, of_subjects: float, each: np.ndarray, left_out: np.ndarray
-) -> tuple[float, float, float | None]:
-    """95 % bounds and two-sided p of a mean over seeds. Its variance is that of the test subjects (jackknife, the same
-    ones for all seeds) plus that of the seeds' mean, s²/n; Student's t with the degrees of freedom of that sum
-    (Satterthwaite 1946), which with few seeds that differ are few. One seed tells nothing of trainings: the interval is
-    of subjects alone, and there is no p."""
-    subjects, seeds = len(left_out), len(each)
-    of_seeds = float(each.var(ddof=1)) / seeds if seeds > 1 else 0.0
+def spread(each: np.ndarray, left_out: np.ndarray, found: Estimate) -> tuple[float, float]:
+    """Variance of a mean over seeds, and its degrees of freedom.
+
+    The variance is that of the test subjects (jackknife, the same ones for all seeds) plus that of the seeds' mean, s²/n;
+    degrees of freedom are those of the sum (Satterthwaite 1946), which with few seeds that differ are few. One seed tells
+    nothing of trainings: then it is of subjects alone.
+
+    each: (seeds,); left_out: (subjects,).
+    """
+    strata = strata_of(found)
+    of_subjects, freedom = jackknife_variance(left_out, strata), jackknife_freedom(left_out, strata)
+    of_seeds = float(each.var(ddof=1)) / len(each) if len(each) > 1 else 0.0
     total = of_subjects + of_seeds
-    if total == 0:
-        return value, value, (1.0 if value == 0 else None) if seeds > 1 else None
-    freedom = total**2 / (of_subjects**2 / (subjects - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0))
-    reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(total))
-    p = float(2 * stats.t.sf(abs(value) / np.sqrt(total), freedom)) if seeds > 1 else None
-    return value - reach, value + reach, p
+    if of_seeds == 0:
+        return total, freedom
+    return total, total**2 / (of_subjects**2 / freedom + of_seeds**2 / (len(each) - 1))
 
 
 def strata_of(found: Estimate) -> np.ndarray:
