@@ -58,9 +58,9 @@ def scored(column: Sequence[Estimate], metric: str) -> tuple[np.ndarray, np.ndar
 def spread(each: np.ndarray, left_out: np.ndarray, found: Estimate) -> tuple[float, float]:
     """Variance of a mean over seeds, and its degrees of freedom.
 
-    The variance is that of the test subjects (jackknife, the same ones for all seeds) plus that of the seeds' mean, s²/n;
-    degrees of freedom are those of the sum (Satterthwaite 1946), which with few seeds that differ are few. One seed tells
-    nothing of trainings: then it is of subjects alone.
+    The variance is that of the test subjects (jackknife, the same ones for all seeds) plus that of the seeds' mean,
+    s²/n; degrees of freedom are those of the sum (Satterthwaite 1946), which with few seeds that differ are few. One
+    seed tells nothing of trainings: then it is of subjects alone.
 
     each: (seeds,); left_out: (subjects,).
     """
