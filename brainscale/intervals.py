@@ -16,11 +16,12 @@ fitted. The jackknife variance of the mean over repeats is multiplied by 1 + s w
     s = (1 - r) / (2 (1 - q)), at most K/(K-1),    q = shared part of two training sets = (n - n/K) / (n - 1),
 
 which is near 1 without an effect and small for a strong one. The bound, also used where there is one repeat, is the
-correction n_test/n_train of Nadeau & Bengio 2003 for one K-fold run. For R², which depends on the draw more than its
-predictions show, s counts three times; for balanced accuracy, which most of that never reaches, three quarters. The form was chosen by simulation (tests/test_intervals.py has the repetitions):
-the corrected resampled t of Nadeau & Bengio, on 10 × 5 folds of 47 subjects, excluded chance in 9 % (logit scale) to
-14 %, and the bound alone covered 99 to 100 % of 100 subjects with an effect. No fit is needed beyond those of the
-score; nested cross-validation (Bates et al. 2023) needs thousands.
+correction n_test/n_train of Nadeau & Bengio 2003 for one K-fold run. R² depends on the draw more than its predictions
+show: s counts three times. Balanced accuracy changes only where the most probable class does: three quarters. The form
+was chosen by simulation (tests/planted.py prints the table): the corrected resampled t of Nadeau & Bengio, on 10 × 5
+folds of 47 subjects, excluded chance in 9 % (logit scale) to 14 %, and the bound alone covered 99 to 100 % of 100
+subjects with an effect. No fit is needed beyond those of the score; nested cross-validation (Bates et al. 2023) needs
+thousands.
 """
 
 from collections.abc import Callable, Sequence
