@@ -242,6 +242,7 @@ def test_a_batch_below_one_is_refused():
 
 
 @interpreted
+@pytest.mark.slow
 def test_lines_of_times_are_whole(capsys):
     lines = kernels.time_lines(TINY, (16, 16, 16), 1, 2, torch.device("cpu"), compiled=False)
     assert {line["variant"] for line in lines if not line["skipped"]} >= {OURS, WHOLE, PUBLISHED, RFFTN}

@@ -121,6 +121,7 @@ def test_two_workers_and_two_tasks_give_the_same_bytes(source, unbroken, tmp_pat
     assert tree(tmp_path / "tasks") == tree(unbroken[0])
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_continues_to_the_same_bytes(source, unbroken, tmp_path):
     store = tmp_path / "store"
     for number_of_shards, whole_group in ((1, True), (3, False), (5, True)):

@@ -55,6 +55,7 @@ OTHERS = [
     ("ranks", "stage", "kind"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
+@pytest.mark.slow
 def test_a_step_with_nan_is_left_out_on_every_rank(ranks, stage, kind, bad_store, tiny_config, tmp_path):
     """Weights and moments before and after it are the same, the steps after it go on, the scan is named."""
     run = tmp_path / "run"
@@ -89,6 +90,7 @@ def equal(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_steps_in_a_row_end_the_run_and_nothing_of_them_is_saved(bad_store, tiny_config, tmp_path):
     """With batches of two epochs every step holds the scan. A larger limit goes on past them."""
     run = tmp_path / "run"

@@ -77,6 +77,7 @@ def test_constraints_pin_every_dependency_within_its_range():
         assert pin and requirement.specifier.contains(pin, prereleases=True), f"{requirement}: pinned {pin}"
 
 
+@pytest.mark.slow
 def test_wheel_carries_what_clusters_need_and_runs_from_a_fresh_environment(wheel: Path, tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

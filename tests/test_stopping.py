@@ -71,6 +71,7 @@ def test_a_time_limit_saves(tiny_store, tiny_config, tmp_path):
     assert newest_step(run) == max(losses(run))
 
 
+@pytest.mark.slow
 def test_the_end_of_a_slurm_job_is_met_in_time(tiny_store, tiny_config, tmp_path, monkeypatch):
     """The job ends in 65 seconds, of which 60 are kept for saving."""
     run = tmp_path / "run"

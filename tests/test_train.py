@@ -36,6 +36,7 @@ def test_a_run_leaves_everything(unbroken):
     assert (unbroken / "checkpoints" / "latest").read_text() == "step-00000040"
 
 
+@pytest.mark.slow
 def test_the_same_command_leaves_a_finished_run_alone(unbroken, tiny_store, tiny_config):
     before = (unbroken / "metrics.jsonl").read_bytes()
     done = run_brainscale("pretrain", tiny_config, f"data.store={tiny_store}", f"run.dir={unbroken}")
