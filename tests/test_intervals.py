@@ -250,16 +250,10 @@ def test_the_power_line_tells_the_spread_of_real_scores():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVERED, ids=lambda case: f"{case.kind} {case.name}")
 def test_intervals_hold_the_truth(case):
-    """With an effect, in 90 to 98 %; without one, chance is excluded in 2 to 9 %.
-
-    At 200 repetitions 90 % is asked for as it stands; above 98 % only what no true rate of 98 % gives (99 %) fails. The
-    intervals of 47 subjects, 13 of them ill, lie there (AUROC 98.5 %, balanced accuracy 99 %): wider than need be.
-    """
+    """With an effect, in 90 to 98 %; without one, chance is excluded in 2 to 9 %."""
     for metric, (true, held, excluded) in coverage(case, REPETITIONS).items():
         if case.effect:
-            assert plausible(held, 0.90, 1.0, REPETITIONS), (metric, true, held)
-            count = round(held * REPETITIONS)
-            assert stats.binom.sf(count - 1, REPETITIONS, 0.98) > 0.01, (metric, true, held)
+            assert plausible(held, 0.90, 0.98, REPETITIONS), (metric, true, held)
         elif metric == "auroc":
             assert plausible(excluded, 0.02, 0.09, REPETITIONS), excluded
         else:  # R² of a useless fit lies below 0, and MAE above that of the median: the truth must be held all the same
