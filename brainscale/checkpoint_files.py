@@ -83,7 +83,7 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         new = not root.exists()
         temporary.mkdir(parents=True)
         if new:
-            _fsync(root.parent)
+            fsync(root.parent)
         fault_point("save.directory")
         _save(weights, temporary / WEIGHTS)
         fault_point("save.weights")
@@ -95,13 +95,13 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
             shutil.copymode(temporary / STATE, temporary / name)
         manifest = {}
         for path in sorted(temporary.iterdir()):
-            _fsync(path)
+            fsync(path)
             manifest[path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_hash(path)}
         fault_point("save.hashed")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         fault_point("save.manifest")
-        _fsync(temporary / MANIFEST)
-        _fsync(temporary)
+        fsync(temporary / MANIFEST)
+        fsync(temporary)
         fault_point("save.flushed")
         complete = True
     finally:
@@ -112,7 +112,7 @@ def write(root: Path, state: TrainState, weights: Tensors, moments: Tensors) -> 
         fault_point("save.cleared")
     temporary.rename(final)
     fault_point("save.renamed")
-    _fsync(root)
+    fsync(root)
     fault_point("save.durable")
     point(root, final.name)
     return final
@@ -123,10 +123,10 @@ def point(root: Path, name: str) -> None:
     pointer = root / f".{LATEST}.tmp"
     pointer.write_text(name)
     fault_point("save.pointer_written")
-    _fsync(pointer)
+    fsync(pointer)
     pointer.replace(root / LATEST)
     fault_point("save.pointer_moved")
-    _fsync(root)
+    fsync(root)
 
 
 def directory(root: Path, step: int) -> Path:
@@ -271,7 +271,8 @@ def _save(tensors: Tensors, path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

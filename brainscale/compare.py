@@ -141,6 +141,8 @@ def run(comparison: Comparison, out: Path, device: torch.device, say: Callable[[
     """Make data, train, evaluate, compare; returns OUT/compare.json. The same call continues what was interrupted."""
     out.mkdir(parents=True, exist_ok=True)
     tasks = held_out(load_tasks(comparison.tasks), comparison.test_fraction)
+    if comparison.phantom is not None and (grid := load(Plan, comparison.phantom.prep).grid_voxels_xyz) != "largest":
+        steps_of(comparison, (grid[2], grid[1], grid[0]))  # before hours of making data
     pretrain_store, evaluate_store = prepare(comparison, out, say)
     first = comparison.arm_config(comparison.arms[0], 0, comparison.num_steps, f"data.store={pretrain_store}")
     volume_zyx = volume_of(first).shape_zyx

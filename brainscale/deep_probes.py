@@ -10,7 +10,7 @@ Letters: B batch, N tokens, C width, H heads, Z Y X voxels.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,19 @@ LAYER_DECAY = 0.75
 Volumes = Callable[[Scans], Tensor]
 """Indices of a task's scans → their z-scored volumes (B,Z,Y,X) float32."""
 Progress = Callable[[int, int], None]
+
+
+class Trained:
+    """What the three pipelines have in common: a call trains a network and predicts."""
+
+    chosen = ""
+    """What the latest call chose."""
+
+    def __call__(self: Any, y: NDArray[Any], train: Scans, test: Scans, seed: int) -> NDArray[np.float64]:
+        """(m,classes) probabilities or (m,) values for the scans `test`. Raises as `fit.fit_predict`."""
+        predictions, choice = fit.fit_predict(self, y, train, test, seed)
+        self.chosen = str(choice)
+        return predictions
 
 
 # ---------------------------------------------------------------------------------- frozen tokens
@@ -77,7 +90,7 @@ class AttentivePool(nn.Module):
 
 
 @dataclass
-class AttentiveProbe:
+class AttentiveProbe(Trained):
     """An attentive probe of an encoder's tokens of all scans of a task."""
 
     tokens: NDArray[Any]
@@ -90,14 +103,6 @@ class AttentiveProbe:
     """As many as the encoder's."""
     settings: FitSettings = ATTENTIVE
     progress: Progress | None = None
-    chosen: str = field(default="", init=False)
-    """What the latest call chose."""
-
-    def __call__(self, y: NDArray[Any], train: Scans, test: Scans, seed: int) -> NDArray[np.float64]:
-        """(m,classes) probabilities or (m,) values for the scans `test`. Raises as `fit.fit_predict`."""
-        predictions, choice = fit.fit_predict(self, y, train, test, seed)
-        self.chosen = str(choice)
-        return predictions
 
     def read(self, scans: Scans) -> Tensor:
         """Tokens (B,N,C), in the type they are kept in."""
@@ -148,7 +153,7 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class FineTune:
+class FineTune(Trained):
     """The whole encoder trained for a task, from the pretrained weights (of which each call takes a copy)."""
 
     pretrained: Pretrained
@@ -157,13 +162,6 @@ class FineTune:
     kind: str
     settings: FitSettings = FINE_TUNE
     progress: Progress | None = None
-    chosen: str = field(default="", init=False)
-
-    def __call__(self, y: NDArray[Any], train: Scans, test: Scans, seed: int) -> NDArray[np.float64]:
-        """As AttentiveProbe's."""
-        predictions, choice = fit.fit_predict(self, y, train, test, seed)
-        self.chosen = str(choice)
-        return predictions
 
     def read(self, scans: Scans) -> Tensor:
         """Volumes (B,Z,Y,X)."""
@@ -194,7 +192,7 @@ class FineTune:
 
 
 @dataclass
-class SmallCnn:
+class SmallCnn(Trained):
     """A small convolutional network trained from scratch."""
 
     volumes: Volumes
@@ -204,13 +202,6 @@ class SmallCnn:
     progress: Progress | None = None
     channels: Sequence[int] = CHANNELS
     """Of each block; a block halves the volume along every axis, so small volumes want fewer."""
-    chosen: str = field(default="", init=False)
-
-    def __call__(self, y: NDArray[Any], train: Scans, test: Scans, seed: int) -> NDArray[np.float64]:
-        """As AttentiveProbe's."""
-        predictions, choice = fit.fit_predict(self, y, train, test, seed)
-        self.chosen = str(choice)
-        return predictions
 
     def read(self, scans: Scans) -> Tensor:
         """Volumes (B,Z,Y,X)."""

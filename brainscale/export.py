@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save
 
 from brainscale import score_file
-from brainscale.checkpoint_files import Tensors
+from brainscale.checkpoint_files import Tensors, fsync
 from brainscale.config import Config
 from brainscale.encoder_files import CARD, CONFIG, WEIGHTS, ExportConfig, WeightsFile
 from brainscale.export_formats import monai_arguments, monai_tensors, timm_arguments, timm_tensors
@@ -132,18 +132,10 @@ def _put_whole(directory: Path, contents: dict[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _fsync(temporary)
+        fsync(temporary)
         temporary.rename(directory)  # over an empty folder too
-        _fsync(directory.parent)
+        fsync(directory.parent)
     except OSError as error:
         raise InputError(f"{directory} cannot be written ({error.strerror}); make room, or give another one") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,8 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brainscale.intervals import Interval, Pipeline, Progress, Split, bounds, predict, repeat_scores, variance_of_test
+from brainscale.intervals import (
+    Interval,
+    Pipeline,
+    Progress,
+    Split,
+    bounds,
+    informative,
+    left_out_scores,
+    predict,
+    repeat_scores,
+    strata_of,
+    variance_of_test,
+)
 from brainscale.permutations import first_repeat
+from brainscale.resampling import jackknife_freedom
 from brainscale.scores import METRICS
 
 SHOTS = (8, 16, 32, 64)
@@ -50,7 +63,8 @@ def few_shot_curve(
         found = predict(pipeline, kind, y, subjects, drawn, seed)
         scores = repeat_scores(found, metric)
         variance = variance_of_test(found, metric) * (1 + refitting) + scores.var(ddof=1) / draws
-        low, high = bounds(metric, float(scores.mean()), variance, len(found.y))
+        freedom = jackknife_freedom(left_out_scores(found, metric), strata_of(found))
+        low, high = bounds(metric, float(scores.mean()), variance, informative(found), freedom)
         curve[k] = Interval(float(scores.mean()), low, high, f"{draws} draws of {k} training subjects")
         if progress:
             progress(at + 1, len(possible))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from brainscale.intervals import Estimate, bounds
-from brainscale.resampling import jackknife_freedom, jackknife_variance, leave_one_out, weighted_scores
+from brainscale.intervals import Estimate, bounds, informative, least_variance, left_out_scores, score_of, strata_of
+from brainscale.resampling import jackknife_freedom, jackknife_variance
 from brainscale.settings import InputError
 
 
@@ -28,16 +28,18 @@ def summary(column: Sequence[Estimate], metric: str) -> dict[str, Any]:
     every seed."""
     each, left_out = scored(column, metric)
     value, (variance, freedom) = float(each.mean()), spread(each, left_out, column[0])
-    low, high = bounds(metric, value, variance, len(left_out), freedom)
+    low, high = bounds(metric, value, variance, informative(column[0]), freedom)
     return {"value": value, "low": low, "high": high}
 
 
 def difference(a: Sequence[Estimate], b: Sequence[Estimate], metric: str) -> dict[str, Any]:
-    """a − b, paired by seed and test subject: mean over seeds, 95 % interval, two-sided p (none with one seed)."""
+    """a − b, paired by seed and test subject: mean over seeds, 95 % interval, two-sided p (none with one seed). An arm
+    that is perfect with every seed has the least variance of such a score all the same."""
     (first, first_out), (second, second_out) = scored(a, metric), scored(b, metric)
     each = first - second
     value, (variance, freedom) = float(each.mean()), spread(each, first_out - second_out, a[0])
-    if variance == 0:  # the same predictions
+    variance = max(variance, *(min(least_variance(one, metric) for one in column) for column in (a, b)))
+    if variance == 0:  # the same predictions, or constants
         return {"difference": value, "low": value, "high": value, "p": 1.0 if len(each) > 1 else None}
     reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
     p = float(2 * stats.t.sf(abs(value) / np.sqrt(variance), freedom)) if len(each) > 1 else None
@@ -46,13 +48,8 @@ def difference(a: Sequence[Estimate], b: Sequence[Estimate], metric: str) -> dic
 
 def scored(column: Sequence[Estimate], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(seeds,) the score of every seed, and (subjects,) their mean with each test subject left out."""
-    each, left_out = [], []
-    for one in column:
-        weights = np.concatenate([np.ones((1, len(one.y))), leave_one_out(len(one.y))])
-        found = weighted_scores(metric, one.kind, one.y, one.predictions[0], weights)
-        each.append(found[0])
-        left_out.append(found[1:])
-    return np.array(each), np.mean(left_out, axis=0)
+    each = np.array([score_of(one, metric) for one in column])
+    return each, np.mean([left_out_scores(one, metric) for one in column], axis=0)
 
 
 def spread(each: np.ndarray, left_out: np.ndarray, found: Estimate) -> tuple[float, float]:
@@ -71,8 +68,3 @@ def spread(each: np.ndarray, left_out: np.ndarray, found: Estimate) -> tuple[flo
     if of_seeds == 0:
         return total, freedom
     return total, total**2 / (of_subjects**2 / freedom + of_seeds**2 / (len(each) - 1))
-
-
-def strata_of(found: Estimate) -> np.ndarray:
-    """Classes, in which subjects are drawn; one stratum for a regression."""
-    return np.zeros(len(found.y), int) if found.kind == "regression" else found.y

@@ -126,7 +126,7 @@ class TaskWork:
             arrays = {name: getattr(found, name).tolist() for name in ARRAYS}
             return {**arrays, "chosen": found.chosen}
 
-        piece = self.key("predictions", splits, name=key, probe=probe, how=self.pipelines.how(probe))
+        piece = self.key("predictions", splits, probe, name=key)
         kept = self.parts.get(piece, compute)
         subjects, y, predictions, folds = (np.array(kept[name]) for name in ARRAYS)
         found = Estimate(self.kind, subjects, y, predictions, folds, kept["chosen"])
@@ -144,7 +144,7 @@ class TaskWork:
                     make(), self.kind, self.case.y, self.people, self.splits, self.settings.seed, number, begin=begin
                 ).as_good
 
-            piece = self.key("permutations", self.splits, name=key, probe="linear", begin=begin, number=number)
+            piece = self.key("permutations", self.splits, "linear", name=key, begin=begin, number=number)
             as_good += self.parts.get(piece, count)
             if begin and begin % (5 * PERMUTED) == 0:
                 self.say(f"{self.case.task.name}: {name}: {begin} of {times} permutations")
@@ -157,14 +157,14 @@ class TaskWork:
             return self.splits
         return [split for split in self.splits if repeat_of(split) in repeats[: self.settings.network_repeats]]
 
-    def key(self, what: str, splits: Sequence[Split], **more: Any) -> dict[str, Any]:
-        """All that a piece of this task depends on."""
+    def key(self, what: str, splits: Sequence[Split], probe: str, **more: Any) -> dict[str, Any]:
+        """All that a piece of this task depends on, the settings of its probe among it."""
         digest = hashlib.sha256()
         for array in (self.case.rows, self.case.y, *(side for split in splits for side in (split.train, split.test))):
             digest.update(np.ascontiguousarray(array).tobytes() + b"|")
         digest.update("\0".join(self.people.tolist()).encode())
         found = {"what": what, "kind": self.kind, "scans": digest.hexdigest(), "seed": self.settings.seed}
-        return {"pieces": PIECES, **found, **more}
+        return {"pieces": PIECES, **found, "probe": probe, "how": self.pipelines.how(probe), **more}
 
     # ------------------------------------------------------------------------------- around the scores
 
@@ -224,7 +224,7 @@ class TaskWork:
         shots, draws = list(self.settings.few_shot), self.settings.few_shot_draws
         rows = []
         for entrant in self.entrants if shots else []:
-            key = self.key("few_shot", self.splits, name=entrant.key, shots=shots, draws=draws)
+            key = self.key("few_shot", self.splits, "linear", name=entrant.key, shots=shots, draws=draws)
             self.say(f"{self.case.task.name}: few-shot curve of {entrant.name}")
             for row in self.parts.get(key, partial(self.curve, entrant)):
                 rows.append({"encoder": entrant.name, **row})

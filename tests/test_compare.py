@@ -1,17 +1,20 @@
 """Objectives side by side: what is trained, at equal samples and FLOPs, and what the tables say."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FULL, ROOT, run_brainscale
+import torch
+from conftest import FULL, ROOT, losses, run_brainscale
 
 from brainscale import compare, comparison, report_comparison
+from brainscale.config import Config
 from brainscale.intervals import Estimate
 from brainscale.model_counts import model_flops, tokens_of
 from brainscale.scores import score
 from brainscale.seed_intervals import check_subjects, difference, summary
-from brainscale.settings import InputError
+from brainscale.settings import InputError, load
 from brainscale.task_settings import load_tasks
 
 FILES = sorted((ROOT / "configs/compare").glob("*.toml"))
@@ -120,6 +123,18 @@ def test_equal_objectives_are_seldom_called_different(seeds):
         assert wrong / studies < 0.06 + 4 * np.sqrt(0.06 * 0.94 / studies), (spread, wrong / studies)
 
 
+def test_a_perfect_arm_is_not_told_apart_for_nothing():
+    """Of six subjects: no variance is seen, and the interval has a width all the same."""
+    y, names = np.array([0, 0, 0, 1, 1, 1]), np.array(list("abcdef"))
+    perfect, guess = (
+        Estimate("binary", names, y, np.stack([1 - p, p], 1)[None], np.zeros((1, 6), int))
+        for p in (0.2 + 0.6 * y, np.full(6, 0.5))
+    )
+    found = difference([perfect] * 3, [guess] * 3, "auroc")
+    assert found["difference"] == 0.5 and found["low"] < 0.3 and found["p"] > 0.005
+    assert difference([perfect] * 3, [perfect] * 3, "auroc")["p"] == 1
+
+
 def test_other_test_subjects_are_refused():
     other = held_out(1.0, 1)
     mixed = {"a": [held_out(1.0, 0)], "b": [Estimate("binary", other.subjects[::-1], *list(vars(other).values())[2:5])]}
@@ -155,6 +170,43 @@ def test_data_that_were_made_otherwise_are_refused(tmp_path):
     (tmp_path / "data" / "phantom.json").write_text(json.dumps({"pretrain_subjects": 3}))
     with pytest.raises(InputError, match=r"made for another \[phantom\]"):
         compare.prepare(found, tmp_path, lambda text: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_is_the_run_that_its_name_says(ranks, tiny_store, tiny_config, tmp_path):
+    """By torchrun where there are several ranks; the same call leaves it alone, and a failure is one sentence."""
+    arms = [{"name": "mae"}, {"name": "weak", "set": ["optim.lr=1e-4"]}]
+    found = comparison.Comparison.model_validate(
+        {"config": str(tiny_config), "arms": arms, "num_steps": 6, "tasks": "-", "pretrain_store": str(tiny_store),
+         "evaluate_store": str(tiny_store), "ranks": ranks}
+    )  # fmt: skip
+    steps = {"equal_samples": {"mae": 6, "weak": 6}}
+    todo = compare.trainings(found, str(tiny_store), steps, tmp_path)
+    assert [one.folder.name for one in todo[:2]] == ["mae-6steps-seed0", "weak-6steps-seed0"]
+    compare.train(todo[1], found)
+    assert max(losses(todo[1].folder)) == 6 and world_size(todo[1].folder) == ranks
+    assert load(Config, todo[1].folder / "config.toml").optim.lr == 1e-4
+    before = losses(todo[1].folder)
+    compare.train(todo[1], found)
+    assert losses(todo[1].folder) == before
+    with pytest.raises(InputError, match="ended with code 2"):
+        compare.train(todo[0]._replace(config=found.arm_config(found.arms[0], 0, 6, "data.store=nowhere")), found)
+
+
+def world_size(run: Path) -> int:
+    """As the newest checkpoint of a run has it."""
+    state = sorted(run.glob("checkpoints/step-*/state.json"))[-1]
+    return json.loads(state.read_text())["world_size"]
+
+
+def test_warm_ups_are_looked_at_before_data_are_made(tmp_path):
+    text = (ROOT / "configs/compare/tiny_cpu.toml").read_text()
+    path = tmp_path / "short.toml"
+    path.write_text(text.replace("num_steps = 40\nseeds", "num_steps = 6\nseeds").replace("steps=40", "steps=6"))
+    with pytest.raises(InputError, match="warm-up takes 5"):
+        compare.run(comparison.read(path), tmp_path / "out", torch.device("cpu"), lambda text: None)
+    assert not (tmp_path / "out" / "data").exists()
 
 
 @pytest.mark.slow
