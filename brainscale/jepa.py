@@ -17,6 +17,7 @@ from brainscale.loader import Batch
 from brainscale.masking import Masks
 from brainscale.model_counts import model_flops, tokens_of
 from brainscale.ops import patch_gather
+from brainscale.phases import phase
 from brainscale.regularizers import sigreg, vcr, vcr_tokens
 from brainscale.schedules import linear
 from brainscale.teacher import Teacher
@@ -54,39 +55,49 @@ class Jepa(nn.Module):
     def forward(self, batch: Batch, masks: Masks, step: int | None) -> JepaOutput:
         """Loss of a batch whose tensors and masks are on the model's device, in optimizer step `step` (from 0), or
         (None) of an evaluation, which is without the regularizer: that needs many volumes, and all ranks."""
-        context = self.encoder(self.gather(batch, masks.visible), masks.visible)
+        patches = self.gather(batch, masks.visible)
+        with phase("encoder"):
+            context = self.encoder(patches, masks.visible)
         target = self.target(batch, masks.masked)
-        error = (self.predictor(context, masks).float() - target).abs().mean(-1)
-        prediction = weighted_mean(error, self.token_weight(batch, masks.masked))
+        with phase("predictor"):
+            predicted = self.predictor(context, masks)
+        with phase("prediction_loss"):
+            error = (predicted.float() - target).abs().mean(-1)
+            prediction = weighted_mean(error, self.token_weight(batch, masks.masked))
         nothing = torch.full_like(prediction.detach(), torch.nan)
         loss, variance, covariance, normality = prediction, nothing, nothing, nothing
         settings = self.config.regularizer
         if settings.kind == "vcr" and step is not None:
-            terms = (
-                vcr_tokens(torch.cat((context.float(), target), dim=1), settings.target_std)
-                if settings.compat == "paper"
-                else vcr(context.float().mean(1), settings.target_std)
-            )
+            with phase("regularizer"):
+                terms = (
+                    vcr_tokens(torch.cat((context.float(), target), dim=1), settings.target_std)
+                    if settings.compat == "paper"
+                    else vcr(context.float().mean(1), settings.target_std)
+                )
             both = settings.variance_weight * terms.variance + settings.covariance_weight * terms.covariance
             loss = loss + settings.weight * both
             variance, covariance = terms.variance.detach(), terms.covariance.detach()
         elif settings.kind == "sigreg" and step is not None:
-            normality = sigreg(context.float().mean(1), settings, self.config.seed, step)
+            with phase("regularizer"):
+                normality = sigreg(context.float().mean(1), settings, self.config.seed, step)
             loss, normality = loss + settings.weight * normality, normality.detach()
         return JepaOutput(loss, prediction.detach(), variance, covariance, normality)
 
     def gather(self, batch: Batch, ids: Tensor) -> Tensor:
         """Clipped, z-scored patches (B,K,P) at the ids, in the model's dtype."""
         dtype = self.predictor.head.weight.dtype
-        return patch_gather(batch.stored, ids, self.config.model.patch_voxels_zyx, dtype, self.config.kernels)
+        with phase("gather"):
+            return patch_gather(batch.stored, ids, self.config.model.patch_voxels_zyx, dtype, self.config.kernels)
 
     @torch.no_grad()
     def target(self, batch: Batch, ids: Tensor) -> Tensor:
         """The teacher's tokens (B,K,C) float32 at the ids, made from all tokens of the volume, each layer-normed."""
         everything = torch.arange(batch.foreground.shape[1], device=ids.device).expand(len(ids), -1)
-        tokens = self.teacher(self.gather(batch, everything), everything)
-        chosen = tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1])).float()
-        return F.layer_norm(chosen, chosen.shape[-1:])
+        patches = self.gather(batch, everything)
+        with phase("teacher"):
+            tokens = self.teacher(patches, everything)
+            chosen = tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1])).float()
+            return F.layer_norm(chosen, chosen.shape[-1:])
 
     def token_weight(self, batch: Batch, ids: Tensor) -> Tensor:
         """(B,K) weight in the loss: 1 where a token holds enough foreground, else the background's."""
@@ -107,7 +118,8 @@ class Jepa(nn.Module):
         assert self.average is not None
         settings, num_steps = self.config.jepa, self.config.train.num_steps
         final = settings.momentum if settings.final_momentum is None else settings.final_momentum
-        self.average.move(linear(step, settings.momentum, final, num_steps))
+        with phase("ema"):
+            self.average.move(linear(step, settings.momentum, final, num_steps))
 
     def flops(self) -> int:
         """FLOPs of one sample's forward and backward pass (`model_counts.model_flops`)."""

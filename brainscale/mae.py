@@ -15,6 +15,7 @@ from brainscale.loader import Batch
 from brainscale.masking import Masks
 from brainscale.model_counts import model_flops, tokens_of
 from brainscale.ops import patch_gather, patch_statistics, pixel_loss, spectral_loss
+from brainscale.phases import phase
 from brainscale.regularizers import full_weight, spectral_form, spectral_weight
 from brainscale.vit import Decoder, Encoder
 from brainscale_kernels.patch_gather import patch_statistics_reference
@@ -53,27 +54,33 @@ class Mae(nn.Module):
         weight = full_weight(self.config.spectral) if step is None else spectral_weight(self.config.spectral, step)
         kernels = self.config.kernels
         prediction = self.decode(self.gather(batch, masks.visible), masks)
-        pixel = pixel_loss(
-            stored, masks.masked, prediction, patch, settings.pixel_loss, settings.normalize_target, kernels
-        )
+        with phase("pixel_loss"):
+            pixel = pixel_loss(
+                stored, masks.masked, prediction, patch, settings.pixel_loss, settings.normalize_target, kernels
+            )
         if weight == 0:
             return MaeOutput(pixel, pixel.detach(), torch.full_like(pixel, torch.nan))
-        if settings.normalize_target:
-            mean, variance = patch_statistics(stored, masks.masked, patch, kernels)
-            prediction = prediction * (variance + VARIANCE_OFFSET).sqrt() + mean
-        form, scope = spectral_form(self.config.spectral), self.config.spectral.scope
-        spectral = spectral_loss(stored, masks.masked, prediction, patch, form, scope, kernels)
+        with phase("spectral"):
+            if settings.normalize_target:
+                mean, variance = patch_statistics(stored, masks.masked, patch, kernels)
+                prediction = prediction * (variance + VARIANCE_OFFSET).sqrt() + mean
+            form, scope = spectral_form(self.config.spectral), self.config.spectral.scope
+            spectral = spectral_loss(stored, masks.masked, prediction, patch, form, scope, kernels)
         return MaeOutput(pixel + weight * spectral, pixel.detach(), spectral.detach())
 
     def gather(self, batch: Batch, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Clipped, z-scored patches (B,K,P) at the ids, in the model's dtype unless another is given."""
         patch, dtype = self.config.model.patch_voxels_zyx, dtype or self.dtype
-        return patch_gather(batch.stored, ids, patch, dtype, self.config.kernels)
+        with phase("gather"):
+            return patch_gather(batch.stored, ids, patch, dtype, self.config.kernels)
 
     def decode(self, visible_BKP: Tensor, masks: Masks) -> Tensor:
         """Predicted masked patches (B,Km,P), in the dtype the model computes in, from visible ones (B,Kv,P): in z-score
         units, or in units of each patch's own deviation with `mae.normalize_target`."""
-        return self.decoder(self.encoder(visible_BKP, masks.visible), masks)
+        with phase("encoder"):
+            encoded = self.encoder(visible_BKP, masks.visible)
+        with phase("decoder"):
+            return self.decoder(encoded, masks)
 
     def embed(self, batch: Batch, ids: Tensor) -> Tensor:
         """The encoder's tokens (B,K,C) float32 of the patches at ids (B,K)."""

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.profiler import record_function
 
 from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.geometry import Zyx
 from brainscale.objective import Output
+from brainscale.phases import phase
 from brainscale.provenance import write_text
 from brainscale.trackers import Trackers
 
@@ -120,7 +120,7 @@ class Clock:
     def span(self, name: str) -> Iterator[None]:
         """Count a block as waiting for data, as a checkpoint, or as other than training. A profiler sees it by name."""
         begin = time.monotonic()
-        with record_function(name):
+        with phase(name.removesuffix("_s")):
             yield
         self.seconds[name] += time.monotonic() - begin
 

@@ -118,7 +118,7 @@ def gpu_spans(events: Iterable[Any]) -> Iterator[Span]:
             kind = "compute"
         elif activity == "gpu_memcpy" and "HtoD" in name:
             kind = "host_to_device"
-        elif name == "data_s" and is_annotation(event):
+        elif name == "data" and is_annotation(event):
             kind = "data"
         if kind:
             yield Span(kind, event.start_ns(), event.end_ns())
@@ -133,7 +133,7 @@ def cpu_spans(events: Iterable[Any], loop_thread: int) -> Iterator[Span]:
             kind = "communication"
         elif event.start_thread_id() == loop_thread and name.startswith("aten::"):
             kind = "compute"
-        elif name == "data_s" and is_annotation(event):
+        elif name == "data" and is_annotation(event):
             kind = "data"
         if kind:
             yield Span(kind, event.start_ns(), event.end_ns())

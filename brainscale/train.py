@@ -31,6 +31,7 @@ from brainscale.mae import Mae
 from brainscale.masking import draw_masks
 from brainscale.monitor_settings import Checkpoint
 from brainscale.nonfinite import MicroBatch
+from brainscale.phases import phase
 from brainscale.preflight import check
 from brainscale.schedules import due, learning_rate
 from brainscale.session import Session, prepare
@@ -209,13 +210,18 @@ def compute(
             fault_point("step.data")
             batch, _ = next(batches)
         watch.at(step + 1, "forward")
-        masks = draw_masks(config, batch.sample_index, batch.foreground, session.grid_zyx)
-        session.coverage.add(masks, batch.foreground)
-        out = engine(batch.to(device), masks.to(device), step)
+        with phase("masks"):
+            masks = draw_masks(config, batch.sample_index, batch.foreground, session.grid_zyx)
+            session.coverage.add(masks, batch.foreground)
+        with phase("copy"):
+            batch_there, masks_there = batch.to(device), masks.to(device)
+        out = engine(batch_there, masks_there, step)
         watch.at(step + 1, "backward")
         fault_point("step.backward")
-        engine.backward(nonfinite.guarded(out.loss))
-        engine.step()
+        with phase("backward"):
+            engine.backward(nonfinite.guarded(out.loss))
+        with phase("optimizer"):
+            engine.step()
         computed.append(MicroBatch(batch.sample_index, batch.row, out._make(part.detach() for part in out)))
     return computed
 

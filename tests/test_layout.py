@@ -16,7 +16,7 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "settings", "prep_plan", "data_settings", "monitor_settings", "config", "faults", "slurm_job", "stopping",
-        "geometry", "schedules", "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
+        "geometry", "schedules", "phases", "distributed", "rendezvous", "provenance", "store_files", "store", "stores",
     )),
     *(f"brainscale_data_prep.{name}" for name in (
         "source_bytes", "affines", "nifti", "tree", "tables", "bids", "discover", "intensity", "foreground",

@@ -87,8 +87,8 @@ def test_events_of_a_gpu_are_told_apart():
         Event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 2),
         Event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 3),
         Event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 4), Event("Memset (Device)", "gpu_memset", 5),
-        Event("nccl:all_reduce", "gpu_user_annotation", 6), Event("data_s", "user_annotation", 7),
-        Event("data_s", "gpu_user_annotation", 8), Event("cudaLaunchKernel", "cuda_runtime", 9),
+        Event("nccl:all_reduce", "gpu_user_annotation", 6), Event("data", "user_annotation", 7),
+        Event("data", "gpu_user_annotation", 8), Event("cudaLaunchKernel", "cuda_runtime", 9),
         Event("aten::mm", "cpu_op", 10),
     ]  # fmt: skip
     assert [(span.kind, span.start) for span in gpu_spans(events)] == [
