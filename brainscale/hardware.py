@@ -1,4 +1,5 @@
-"""GPUs and networks by name, for `plan`: data sheets and published measurements, none of them measured here.
+"""GPUs and networks by name: data sheets and published measurements, none of them measured here. For `plan` by names
+of ours, for MFU by the names that drivers give (`peak_flops`).
 
 GB/s are 1e9 bytes a second, Gbit/s 1e9 bits. Rates of GPUs are dense (without sparsity). Capacities are those of
 nvidia-smi (https://github.com/modal-labs/modal-client/pull/2797, where it has them). `link_gb_per_s` is the bus
@@ -73,6 +74,52 @@ NETWORKS = {
         Network("ethernet-10", 10, 1, 0.8, f"{WIRE}, one port per node; 80 % over TCP, a guess"),
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense TFLOP/s of a device: bf16 matrices (0: it has none) and fp32 outside tensor cores."""
+
+    bf16_tflops: float
+    fp32_tflops: float
+    source: str
+
+
+def _as_planned(name: str) -> Peak:
+    return Peak(GPUS[name].bf16_tflops, GPUS[name].fp32_tflops, GPUS[name].source)
+
+
+PEAKS = {
+    "NVIDIA H200": Peak(788, 67, "bf16: matrices measured on one H200 at 788 TFLOP/s (its data sheet says 989)"),
+    "NVIDIA H100 80GB HBM3": _as_planned("h100-sxm"),
+    "NVIDIA H100 PCIe": _as_planned("h100-pcie"),
+    "NVIDIA H100 NVL": Peak(835, 60, "NVIDIA H100 NVL data sheet (1,671 with sparsity)"),
+    "NVIDIA GH200 480GB": Peak(989, 67, "NVIDIA GH200 data sheet (1,979 with sparsity)"),
+    "NVIDIA B200": _as_planned("b200"),
+    "NVIDIA A100-SXM4-40GB": _as_planned("a100-40"),
+    "NVIDIA A100-PCIE-40GB": _as_planned("a100-40"),
+    "NVIDIA A100-SXM4-80GB": _as_planned("a100-80"),
+    "NVIDIA A100 80GB PCIe": _as_planned("a100-80"),
+    "NVIDIA L40S": _as_planned("l40s"),
+    "NVIDIA L40": Peak(181, 90.5, "NVIDIA L40 data sheet"),
+    "NVIDIA L4": Peak(121, 30.3, "NVIDIA L4 data sheet (242 with sparsity)"),
+    "NVIDIA A40": Peak(149.7, 37.4, "NVIDIA A40 data sheet"),
+    "NVIDIA A30": Peak(165, 10.3, "NVIDIA A30 data sheet"),
+    "NVIDIA A10": Peak(125, 31.2, "NVIDIA A10 data sheet"),
+    "Tesla V100-SXM2-16GB": _as_planned("v100"),
+    "Tesla V100-SXM2-32GB": _as_planned("v100"),
+}
+"""By the name that `torch.cuda.get_device_name` gives, which must be the whole of it: a slice of a GPU (MIG) has the
+GPU's name with something behind it, and a part of its rate."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s that MFU is a share of, for matrices in `train.precision` ("bf16" or "fp32"); None for a device that is
+    not in PEAKS or cannot compute in it. fp32 is full fp32, outside tensor cores: TF32 stays off, as torch has it."""
+    peak = PEAKS.get(device_name)
+    tflops = 0.0 if peak is None else peak.bf16_tflops if precision == "bf16" else peak.fp32_tflops
+    return 1e12 * tflops or None
+
 
 H = TypeVar("H", Gpu, Network)
 

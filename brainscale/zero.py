@@ -2,15 +2,29 @@
 a plan can be made without it; why the settings are these is in engine.py.
 """
 
+import math
 from typing import Any
 
 import torch
 
 from brainscale.config import Config
+from brainscale.model_counts import trained_sizes
 from brainscale.settings import InputError
 
-BUCKET_ELEMENTS = 50_000_000
-"""DeepSpeed's default of 5e8 elements costs 2 GB; the encoders here have 2e7 to 6e8 parameters."""
+BUCKETS = 8
+"""Gradients are reduced a bucket at a time while the backward pass goes on, so only the last bucket is waited for; one
+bucket for all would overlap with nothing."""
+BUCKET_RANGE = (5_000_000, 50_000_000)
+"""Elements of a bucket. At least 20 MB of fp32 (torch's DistributedDataParallel takes 25): they take 0.4 ms at the 50
+GB/s of a 400 Gbit/s port, over ten times the latency of a collective (`plan_time.LATENCY_S`), and hold the largest
+matrix of ViT-L. At most 200 MB, twice of which lie in memory (DeepSpeed's default of 5e8 elements costs 2 GB)."""
+
+
+def bucket_elements(config: Config) -> int:
+    """Gradients that are reduced at once: an eighth of what is trained, in whole millions, within BUCKET_RANGE. The
+    presets of ViT-S, B and L have 7 or 8 buckets, those of ViT-H 13."""
+    low, high = BUCKET_RANGE
+    return min(high, max(low, 10**6 * math.ceil(sum(trained_sizes(config)) / BUCKETS / 10**6)))
 
 
 def batch_split(config: Config, world_size: int) -> tuple[int, int]:
@@ -47,9 +61,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = zero_stage(config, accumulation)
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
-        zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket_elements(config)}
     if stage in (1, 2):
-        zero |= {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
+        zero |= {"allgather_bucket_size": BUCKET_RANGE[1], "use_multi_rank_bucket_allreduce": False}
     if stage == 3:
         block = 12 * config.model.width**2
         zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": block}

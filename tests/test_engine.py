@@ -1,5 +1,6 @@
 """DeepSpeed's settings are a pure function of ours; they make the optimizer meant, which moves the bytes meant."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import finish, start_function
 
+from brainscale import zero
 from brainscale.config import Config
+from brainscale.model_counts import trained_sizes
+from brainscale.plan_time import message_count
 from brainscale.settings import InputError, load
-from brainscale.zero import BUCKET_ELEMENTS, batch_split, collective_bytes, deepspeed_config, vector_elements
+from brainscale.zero import batch_split, bucket_elements, collective_bytes, deepspeed_config, vector_elements
 
-REDUCED = {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
-OWNED = {"allgather_bucket_size": BUCKET_ELEMENTS, "use_multi_rank_bucket_allreduce": False}
+REDUCED = {"overlap_comm": True, "reduce_bucket_size": 14_000_000}
+OWNED = {"allgather_bucket_size": 50_000_000, "use_multi_rank_bucket_allreduce": False}
 ZERO = {
     0: {"stage": 0},
     1: {"stage": 1, **REDUCED, **OWNED},
@@ -30,6 +34,7 @@ ZERO = {
     },
 }
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+CONFIGS = Path(__file__).parent.parent / "configs"
 BF16 = {"bf16": {"enabled": True, "check_grad_overflow": True}, "communication_data_type": "fp32"}
 ACCUMULATED = {"data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -82,6 +87,15 @@ def test_combinations_that_mean_something_else_are_refused(settings, words):
         load(Config, None, settings)
 
 
+@pytest.mark.parametrize("preset", ["mae_vit_s", "mae_vit_b", "mae_vit_l", "jepa_vcr_vit_s", "jepa_vcr_vit_l"])
+def test_every_preset_has_several_buckets_that_are_worth_a_message(preset):
+    """One bucket would be reduced when the backward pass is over, as DeepSpeed's 5e8 elements or a fixed 5e7 are."""
+    config = load(Config, CONFIGS / f"{preset}.toml", ())
+    sizes, bucket = trained_sizes(config), bucket_elements(config)
+    assert 7 <= math.ceil(sum(sizes) / bucket) <= 13 and max(sizes) <= bucket
+    assert 4 * bucket >= 20e6, "bytes of a message"
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
 def test_split_covers_the_global_batch(share, limit, ranks):
     config = load(Config, None, (f"train.global_batch_volumes={share * ranks}", f"train.micro_batch_volumes={limit}"))
@@ -102,6 +116,8 @@ BIG_ENOUGH = (
     "train.global_batch_volumes=8", "train.micro_batch_volumes=2", "train.num_steps=8",
 )  # fmt: skip
 """So many blocks that what stage 3 gathers ahead is a small part."""
+BUCKET_ELEMENTS = 200_000
+"""An eighth of them, as in the presets."""
 OPTIMIZER = {
     0: "GuardedAdamW",
     1: "DeepSpeedZeroOptimizer",
@@ -124,6 +140,7 @@ def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
     from brainscale import distributed, metrics, session, train
     from brainscale.watch import Watch
 
+    zero.BUCKET_RANGE = (BUCKET_ELEMENTS, BUCKET_ELEMENTS)
     world = distributed.find()
     distributed.start(world)
     config = load(Config, config_path, overrides)
@@ -158,6 +175,11 @@ def count_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
     assert counted.sent.keys() <= {kind for kind, size in wanted.items() if size}
     for kind, size in wanted.items():
         assert counted.sent[kind] == pytest.approx(size, rel=0.02), kind
+    if stage in (1, 2):
+        messages = message_count(config, world.size)
+        print("messages", dict(counted.calls), messages)
+        assert counted.calls["weights"] == messages["weights"]
+        assert counted.calls["gradients"] == pytest.approx(messages["gradients"], rel=0.2)
     all_of_them = sum(counted.operations.values())
     assert {name for name, size in counted.operations.items() if size > 0.01 * all_of_them} == OPERATIONS[stage]
     watch.close()
