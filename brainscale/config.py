@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from brainscale.data_settings import Augment, Data
-from brainscale.monitor_settings import Checkpoint, Health, Log, Probe
+from brainscale.monitor_settings import Checkpoint, Health, Log, Probe, profiled_steps
 from brainscale.settings import Model
 
 
@@ -146,9 +146,17 @@ class Train(Model):
     """torch.compile of every block (ZeRO stages 0 to 2)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of every block and compute it again in the backward pass: less memory, a third more work."""
+    profile: str = ""
+    """Steps to record as a trace and a table by phase in RUN/profile (`profiling.py`): "steps 20-25" or "step 20",
+    counted from 1 as in metrics.jsonl; "": none. Changes no result."""
     stop_after_min: float = Field(default=0.0, ge=0)
     """Save and stop (exit 75) this many minutes after the start of the process; 0: no limit. A Slurm job's own end is
     watched without it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Train":
+        profiled_steps(self.profile, self.num_steps)
+        return self
 
 
 class Optim(Model):
@@ -254,9 +262,9 @@ class Config(Model):
 
 
 MAY_CHANGE_ON_RESUME = (
-    "train.num_steps", "train.stop_after_min", "train.activation_checkpointing", "train.micro_batch_volumes", "log",
-    "checkpoint", "health", "probe", "data.store", "data.loader", "data.workers", "data.prefetch_mb", "data.timeout_s",
-    "zero", "kernels", "run",
+    "train.num_steps", "train.profile", "train.stop_after_min", "train.activation_checkpointing",
+    "train.micro_batch_volumes", "log", "checkpoint", "health", "probe", "data.store", "data.loader", "data.workers",
+    "data.prefetch_mb", "data.timeout_s", "zero", "kernels", "run",
 )  # fmt: skip
 """Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
 compared are the hashes of its plan and scans."""

@@ -87,12 +87,13 @@ class Writer:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it must carry "step"."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
-        self.trackers.log(line["step"], numbers)
+        with phase("log"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+            self.trackers.log(line["step"], numbers)
 
     def close(self) -> None:
         """Let the trackers finish; returns within seconds even where one hangs."""
@@ -125,10 +126,11 @@ class Clock:
         self.seconds[name] += time.monotonic() - begin
 
     @contextmanager
-    def slowed(self) -> Iterator[None]:
-        """A step that is slower for being measured: left out of the means, unless the interval has no other."""
+    def slowed(self) -> Iterator[dict[str, float]]:
+        """A step that is slower for being measured: left out of the means, unless the interval has no other. Yields a
+        dict for what is found."""
         begin, data_s = time.monotonic(), self.seconds["data_s"]
-        yield
+        yield {}
         self.left_out += 1
         self.left_out_s += time.monotonic() - begin
         self.left_out_data_s += self.seconds["data_s"] - data_s

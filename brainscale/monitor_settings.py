@@ -3,6 +3,7 @@
 As in config.py, units stand in names.
 """
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -75,6 +76,25 @@ class Probe(Model):
                 "probe.every_steps = 0"
             )
         return self
+
+
+MAX_PROFILED_STEPS = 50
+"""A trace holds some MB for every micro-batch; while it is written the other ranks wait."""
+
+
+def profiled_steps(profile: str, num_steps: int) -> range:
+    """The steps that `train.profile` names, counted from 1. Raises ValueError for what cannot be recorded."""
+    found = re.fullmatch(r"steps? ([1-9]\d*)(?:-(\d+))?|", profile)
+    steps = range(int(found[1]), int(found[2] or found[1]) + 1) if found and found[1] else range(0)
+    if profile and not steps:
+        raise ValueError(
+            f'train.profile = "{profile}" names no steps; write "steps 20-25" or "step 20", counted from 1'
+        )
+    if len(steps) > MAX_PROFILED_STEPS:
+        raise ValueError(f'train.profile = "{profile}" is {len(steps)} steps; record at most {MAX_PROFILED_STEPS}')
+    if steps and steps[-1] > num_steps:
+        raise ValueError(f'train.profile = "{profile}" goes past train.num_steps {num_steps}; choose earlier steps')
+    return steps
 
 
 class Log(Model):

@@ -11,12 +11,13 @@ profiler takes is counted as other than training, and `metrics.Clock.slowed` kee
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from brainscale.distributed import World
 from brainscale.metrics import Clock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -44,6 +45,27 @@ def wanted(step: int, process_step: int, every_steps: int) -> bool:
     if not every_steps or process_step < FIRST_STEP:
         return False
     return process_step == FIRST_STEP or step % every_steps == 0
+
+
+class Sampler:
+    """Samples the steps of rank 0 that are `wanted`; one that `train.profile` has is made up for by the next that it
+    does not have."""
+
+    def __init__(self, world: World, clock: Clock, say: Callable[[str], None], every_steps: int, first: int) -> None:
+        """first: steps that were finished when the process began."""
+        self.world, self.clock, self.say, self.every_steps, self.first = world, clock, say, every_steps, first
+        self.owed = False
+
+    def around(self, step: int, recorded: bool) -> AbstractContextManager[dict[str, float]]:
+        """Around the work of a step: a dict that holds its shares afterwards if it was sampled. recorded: by
+        `train.profile`, which slows the step too."""
+        self.owed = self.owed or wanted(step, step - self.first, self.every_steps)
+        if recorded:
+            return self.clock.slowed()
+        if not self.owed or not self.world.is_first:
+            return nullcontext({})
+        self.owed = False
+        return sampling(self.world.device, self.clock, self.say)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import errno
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from brainscale import (
     health,
     metrics,
     nonfinite,
+    profiling,
     restarts,
     run_folder,
     slurm_job,
@@ -28,7 +28,7 @@ from brainscale.faults import fault_point
 from brainscale.feed import LoaderFailed
 from brainscale.loader import Batch
 from brainscale.masking import draw_masks
-from brainscale.monitor_settings import Checkpoint
+from brainscale.monitor_settings import Checkpoint, profiled_steps
 from brainscale.monitoring import evaluate, examine
 from brainscale.nonfinite import MicroBatch
 from brainscale.phases import phase
@@ -40,7 +40,6 @@ from brainscale.stopping import LostRank, NoData, StoppedEarly, TrainingStopped
 from brainscale.watch import Watch
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_SAMPLED: AbstractContextManager[dict[str, float]] = nullcontext({})
 
 
 def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_change: tuple[str, ...] = ()) -> None:
@@ -95,6 +94,11 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     first, why, evaluate_s, collapse = state.step, agreement.vote(stop.number), 0.0, ""
     meter.resume(state.meter)
     monitor = health.Monitor(config)
+    steps = profiled_steps(config.train.profile, config.train.num_steps)
+    recorder = profiling.Recorder(steps, run_dir, world, clock, voice.line)
+    sampler = step_profile.Sampler(world, clock, voice.line, config.log.profile_every_steps, first)
+    if past := profiling.foretell(steps, first):
+        voice.line(past)
     monitor.resume(metrics.read(run_dir / "metrics.jsonl"))
     reader, rows = session.loader.reader, session.loader.order.rows
     probe = health.Probe(reader, rows, config) if config.health.probe_every_steps else None
@@ -110,8 +114,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         begin, before = time.monotonic(), state
         lr = learning_rate(config.optim, step, config.train.num_steps)
         deep.set_learning_rate(engine, lr)
-        sampled = world.is_first and step_profile.wanted(step + 1, step + 1 - first, config.log.profile_every_steps)
-        with step_profile.sampling(world.device, clock, voice.line) if sampled else NOT_SAMPLED as profile:
+        with sampler.around(step + 1, recorder.begin(step + 1)) as profile:
             computed = compute(session, batches, step, watch, clock)
             state = replace(state, step=step + 1, cursor=state.cursor + samples, time_s=clock.total_s())
             if engine.was_step_applied():
@@ -178,6 +181,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         writer.close()
     with watch.patience(state.step, "end", patience_s):
         save(saver, None, True)
+        recorder.close()
         wait(world)
     saver.close()
     if state.skipped_in_a_row >= config.health.max_skipped_in_a_row:

@@ -33,7 +33,7 @@ ORDER = [
         "nifti_rows", "features", "volume_embedder",
         "checkpoint", "nonfinite", "trackers", "metrics",
         "run_disk", "preflight",
-        "step_profile", "run_folder", "restarts", "watch", "holdout", "health",
+        "run_folder", "step_profile", "phase_table", "profiling", "restarts", "watch", "holdout", "health",
         "scores", "linear_models", "probes", "online_probe", "session", "monitoring", "train", "figures",
         "pages", "qc_scans", "qc_figures", "qc", "report_health", "score_file", "evaluation_words",
         "evaluation_figures", "report_evaluation", "report_comparison", "run_doctor", "report", "report_compare",
