@@ -19,13 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from brainscale.config import Config
 from brainscale.distributed import World
 from brainscale.geometry import Zyx
+from brainscale.hardware import peak_flops
 from brainscale.objective import Output
 from brainscale.phases import phase
 from brainscale.provenance import write_text
 from brainscale.trackers import Trackers
-
-PEAK_BF16_FLOPS = {"NVIDIA H200": 788e12}
-"""Dense bf16 matrix rate measured on the named GPU, the denominator of MFU; other GPUs report none."""
 
 
 class Meter:
@@ -136,10 +134,10 @@ class Clock:
         self.left_out_data_s += self.seconds["data_s"] - data_s
 
     def read(
-        self, step: int, samples: int, volume_zyx: Zyx, flops_per_sample: float, world: World
+        self, step: int, samples: int, volume_zyx: Zyx, flops_per_sample: float, world: World, precision: str = "bf16"
     ) -> dict[str, float | None]:
         """Seconds per step and rates since the last read, and seconds of checkpoints and of all else that is no
-        training. samples: per optimizer step. Collective."""
+        training. samples: per optimizer step; precision: `train.precision`. Collective."""
         now, steps, data_s = time.monotonic(), step - self.at_step, self.seconds["data_s"]
         apart = self.seconds["other_s"] + self.seconds["checkpoint_s"]
         if steps > self.left_out:
@@ -153,7 +151,8 @@ class Clock:
             "data_wait_fraction": data_s / steps / step_s, "data_wait_max_fraction": float(waits),
             "checkpoint_s": self.seconds["checkpoint_s"], "other_s": self.seconds["other_s"],
             "voxels_per_s": samples * volume_zyx[0] * volume_zyx[1] * volume_zyx[2] / step_s,
-            "mfu": mfu(samples * flops_per_sample, step_s, world),
+            "tflops_per_s": samples * flops_per_sample / step_s / 1e12,
+            "mfu": mfu(samples * flops_per_sample, step_s, world, precision),
         }  # fmt: skip
         self._mark(step, now)
         return line
@@ -185,7 +184,7 @@ class Voice:
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = (
             f"loss {loss}  {line['step_s']:.2f} s/step  {line['voxels_per_s'] / 1e6:.2f} Mvoxel/s  "
-            f"data wait {line['data_wait_fraction']:.0%}"
+            f"{rate(line)}  data wait {line['data_wait_fraction']:.0%}"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], description=text)
@@ -212,9 +211,18 @@ def read(path: Path) -> dict[int, dict[str, Any]]:
     return dict(sorted(steps.items()))
 
 
-def mfu(flops_per_step: float, step_s: float, world: World) -> float | None:
-    """Model FLOPs utilisation 0..1, or None where the device's peak is not known."""
-    if world.device.type != "cuda":
-        return None
-    peak = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(world.device))
-    return None if peak is None else flops_per_step / step_s / (peak * world.size)
+def rate(line: dict[str, Any]) -> str:
+    """MFU of a metric line in words, or the model's TFLOP/s on all ranks where the device's peak is not known."""
+    return f"{line['tflops_per_s']:.3g} TFLOP/s" if line["mfu"] is None else f"MFU {line['mfu']:.1%}"
+
+
+def peak(world: World, precision: str = "bf16") -> float | None:
+    """FLOP/s of a rank's device that MFU is a share of; None on a CPU and on a GPU that `hardware.py` does not know."""
+    on_gpu = world.device.type == "cuda"
+    return peak_flops(torch.cuda.get_device_name(world.device), precision) if on_gpu else None
+
+
+def mfu(flops_per_step: float, step_s: float, world: World, precision: str = "bf16") -> float | None:
+    """Model FLOPs utilisation 0..1, or None where the device's `peak` is not known."""
+    known = peak(world, precision)
+    return None if known is None else flops_per_step / step_s / (known * world.size)

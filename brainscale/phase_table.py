@@ -181,9 +181,8 @@ def _backward(nodes: list[Event], origins: dict[int, int], forward: Timeline) ->
     for event in nodes:
         if event.sequence in origins and forward.at(event.start_ns) == "backward":
             phase = forward.at(origins[event.sequence])
-            yield Range(
-                event.start_ns, event.end_ns, "backward" if phase in (REST, "backward") else BACKWARD_OF + phase
-            )
+            label = "backward" if phase in (REST, "backward") else BACKWARD_OF + phase
+            yield Range(event.start_ns, event.end_ns, label)
 
 
 def _of_device(

@@ -97,6 +97,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
     steps = profiled_steps(config.train.profile, config.train.num_steps)
     recorder = profiling.Recorder(steps, run_dir, world, clock, voice.line)
     sampler = step_profile.Sampler(world, clock, voice.line, config.log.profile_every_steps, first)
+    if metrics.peak(world, config.train.precision) is None:
+        voice.line("the peak rate of this device is not known, so the model's TFLOP/s stand in for its MFU")
     if past := profiling.foretell(steps, first):
         voice.line(past)
     monitor.resume(metrics.read(run_dir / "metrics.jsonl"))
@@ -144,7 +146,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
             line: dict[str, Any] = {
                 "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
                 "samples": state.step * samples, "skipped_steps": state.skipped, **session.coverage.read(),
-                **clock.read(state.step, samples, volume_zyx, session.model.flops(), world),
+                **clock.read(state.step, samples, volume_zyx, session.model.flops(), world, config.train.precision),
             }  # fmt: skip
             if spike := monitor.spike(line["grad_norm"]):
                 line["warnings"] = {"spike": spike}
