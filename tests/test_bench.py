@@ -19,7 +19,8 @@ from brainscale_data_prep import discover, nifti
 
 KEYS = {
     "bench", "case", "variant", "unit", "median", "p20", "p80", "n", "ratio_to", "ratio", "mb_per_s",
-    "bytes_per_volume", "skipped", "machine", "versions", "commit", "utc",
+    "bytes_per_volume", "skipped", "machine", "versions", "commit", "utc", "measures", "kind", "ratio_p20", "ratio_p80",
+    "pairs",
 }  # fmt: skip
 
 

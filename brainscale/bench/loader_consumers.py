@@ -58,7 +58,7 @@ def feed_lines(lines: list[dict[str, Any]], volume_zyx: Zyx) -> list[dict[str, A
             found.append(skipped(BENCH, case, model, f"its patch does not divide volumes of {volume_zyx} (z, y, x)"))
         else:
             for line in lines:
-                more = {"case": f"{case}; {line['case']}", "flops_per_sample": each}
+                more = {"case": f"{case}; {line['case']}", "kind": "derived", "pairs": None, "flops_per_sample": each}
                 found.append({**line, **more, **fed(line["volumes_per_s"], each)._asdict()})
     return found
 
@@ -88,7 +88,7 @@ def pace_lines(
         passes = in_turn(work, variants, n, False, busy(busy_s))
     finally:
         torch.set_num_threads(threads)
-    case = f"consumer busy {busy_s * 1e3:.1f} ms with a batch, whole volumes, warm, {how}"
+    case = f"consumer busy twice as long as our loader takes, whole volumes, warm, {how}"
     seconds = {name: [one.seconds / (work.timed * work.batch) for one in own] for name, own in passes.items()}
     lines = sample_lines(BENCH, case, "s", seconds, reference)
     for line in lines:

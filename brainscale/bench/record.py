@@ -2,7 +2,7 @@
 
 Variants run in turn, A B C, B C A, C A B, …, so that a drift of the machine's speed meets all of them and none always
 finds what another left in the caches; a line holds median and 20th and 80th percentile, and the ratio is the median of
-the ratios taken pair by pair.
+the ratios taken pair by pair, round by round. schema.py describes a line, gate.py judges two of them.
 """
 
 import importlib
@@ -23,10 +23,28 @@ from typing import Any
 import numpy as np
 
 from brainscale import provenance
+from brainscale.bench import schema
 from brainscale_data_prep.pool import ENVIRONMENT
 
 PEERS = ("scipy", "numcodecs", "nifti-zarr", "SimpleITK", "monai", "torchio", "triton", "nvidia-dali-cuda130")
 """Packages whose versions stand in a line where they are installed, beside those of `provenance`."""
+MEASURES = {
+    "convert": "seconds from a NIfTI file to a volume on disk, and its bytes, without and with resampling, against "
+    "nifti-zarr, nibabel + zarr-python, scipy, SimpleITK and MONAI",
+    "read": "seconds to read a volume or a 96³ crop from a store, by codec, chunk and state of the page cache, against "
+    "zarr-python on the same store and nibabel on the source",
+    "loader": "seconds of a volume in batches in the training process, warm and cold, with its bytes and CPU time, "
+    "against MONAI, torchio and nibabel under torch's DataLoader",
+    "kernels": "gathers and losses with their backward pass, seconds on a GPU, else counted bytes and launches, "
+    "against eager, torch.compile, the paper's form, MONAI and Conv3d",
+    "step": "seconds of a training step, against MONAI's MaskedAutoEncoderViT at the same FLOPs, plain PyTorch and "
+    "compile off",
+    "scaling": "seconds of a step over 1 to n ranks on this host, weak and strong, with what is sent, against one rank "
+    "and the prediction of `brainscale plan`",
+    "checkpoint": "seconds of saves, loads, hashes and resumed starts, and the stall of the steps, against DeepSpeed "
+    "and torch.save",
+}
+"""What each benchmark measures, and against what."""
 
 
 def measure(
@@ -65,6 +83,11 @@ def measure(
     return lines
 
 
+def announce(bench: str) -> None:
+    """Say what a benchmark measures, before it begins."""
+    print(f"bench {bench}: {MEASURES[bench]}", file=sys.stderr, flush=True)
+
+
 def compare_sizes(bench: str, case: str, sizes: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
     """Lines over bytes per volume, an entry per volume; here a ratio below 1 means smaller than `reference`."""
     lines = sample_lines(bench, case, "B", sizes, reference)
@@ -74,26 +97,44 @@ def compare_sizes(bench: str, case: str, sizes: dict[str, list[float]], referenc
 
 
 def sample_lines(
-    bench: str, case: str, unit: str, samples: dict[str, list[float]], reference: str
+    bench: str,
+    case: str,
+    unit: str,
+    samples: dict[str, list[float]],
+    reference: str,
+    kind: schema.Kind | None = None,
 ) -> list[dict[str, Any]]:
-    """A line per variant: median, spread, and ratio to `reference`."""
+    """A line per variant: median, spread, and ratio to `reference` with its spread.
+
+    kind: how the samples came about; none given: seconds were timed, all else was counted.
+    """
     around, lines = surroundings(), []
+    kind = kind or ("timed" if unit == "s" else "counted")
     for name, own in samples.items():
         p20, p80 = np.percentile(own, (20, 80))
+        ratios = pair_ratios(unit, own, samples[reference])
+        low, high = np.percentile(ratios, (20, 80)) if len(ratios) > 1 else (None, None)
         lines.append(
             {
-                "bench": bench, "case": case, "variant": name, "unit": unit, "median": statistics.median(own),
-                "p20": float(p20), "p80": float(p80), "n": len(own), "ratio_to": reference,
-                "ratio": paired_ratio(unit, own, samples[reference]), "mb_per_s": None, "bytes_per_volume": None,
-                "skipped": None, **around,
+                "bench": bench, "case": case, "variant": name, "measures": MEASURES.get(bench), "kind": kind,
+                "unit": unit, "median": statistics.median(own), "p20": float(p20), "p80": float(p80), "n": len(own),
+                "ratio_to": reference, "ratio": statistics.median(ratios),
+                "ratio_p20": None if low is None else float(low), "ratio_p80": None if high is None else float(high),
+                "pairs": [float(f"{ratio:.6g}") for ratio in ratios] if kind == "timed" else None,
+                "mb_per_s": None, "bytes_per_volume": None, "skipped": None, **around,
             }
         )  # fmt: skip
     return lines
 
 
+def pair_ratios(unit: str, own: list[float], other: list[float]) -> list[float]:
+    """How many times faster (s) than the other, or how many times its size (B), a variant is, round by round."""
+    return [b / a if unit == "s" else a / b for a, b in zip(own, other)]
+
+
 def paired_ratio(unit: str, own: list[float], other: list[float]) -> float:
     """Median over pairs of how many times faster (s) than the other, or how many times its size (B), a variant is."""
-    return statistics.median(b / a if unit == "s" else a / b for a, b in zip(own, other))
+    return statistics.median(pair_ratios(unit, own, other))
 
 
 def skipped(bench: str, case: str, variant: str, reason: str) -> dict[str, Any]:
@@ -163,7 +204,9 @@ def in_fresh_process(
 
 
 def write(lines: Sequence[dict[str, Any]], path: Path | None) -> None:
-    """Print a table, and append the lines to a JSON-lines file."""
+    """Print a table, and append the lines to a JSON-lines file, each held to its schema (AssertionError)."""
+    for line in lines:
+        assert not (wrong := schema.mistake(line)), f"a line of {line['bench']}, {line['case']}: {wrong}"
     width = max((len(line["variant"]) for line in lines), default=0)
     case = ""
     for line in lines:
@@ -192,6 +235,8 @@ def _figures(line: dict[str, Any]) -> str:
         columns += _kernel_figures(line)
     elif line["bench"] == "loader":
         columns += _loader_figures(line)
+    elif line["bench"] == "scaling":
+        columns += _scaling_figures(line)
     elif seconds:
         columns.append(f"{line['mb_per_s']:6.0f} MB/s" if line["mb_per_s"] else " " * 11)
         columns.append(f"{line['bytes_per_volume'] / 1e6:6.2f} MB" if line["bytes_per_volume"] else " " * 9)
@@ -228,3 +273,21 @@ def _loader_figures(line: dict[str, Any]) -> list[str]:
         for name, factor, form, unit in figures
         if line[name] is not None and not (line["unit"] == "B" and name == "bytes_per_volume")
     ]
+
+
+def _scaling_figures(line: dict[str, Any]) -> list[str]:
+    """What a line of `bench scaling` says beside its median, as far as it says it; in brackets what was predicted."""
+    figures = (
+        ("mb_per_s", None, 1, "5.0f", "MB/s bus"), ("efficiency", "predicted_efficiency", 100, ".0f", "% efficient"),
+        ("sent_bytes", "predicted_sent_bytes", 1e-6, ".1f", "MB sent"),
+        ("collectives", "predicted_collectives", 1, ".0f", "collectives"),
+        ("communication_share", None, 100, ".0f", "% communicating"),
+        ("exposed_share", "predicted_exposed_share", 100, ".0f", "% waiting for it"),
+    )  # fmt: skip
+    columns = []
+    for name, other, factor, form, unit in figures:
+        if line[name] is not None:
+            beside = line[other] if other else None
+            said = "" if beside is None else f" ({factor * beside:{form}})"
+            columns.append(f"{factor * line[name]:{form}}{said} {unit}")
+    return columns
