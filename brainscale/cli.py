@@ -96,6 +96,7 @@ def pretrain(
 
     stop = stopping.Stop()
     from brainscale import distributed, rendezvous, report, run_folder, train
+    from brainscale.out_of_memory import OutOfMemory
     from brainscale.store import StoreDamage
 
     world = distributed.find()
@@ -110,7 +111,7 @@ def pretrain(
     except InputError as error:
         code, sentence = 2, str(error)
         ours = not isinstance(error, run_folder.RunBusy | rendezvous.NotMet)
-        alone = isinstance(error, StoreDamage | rendezvous.NotJoined)
+        alone = isinstance(error, StoreDamage | rendezvous.NotJoined | OutOfMemory)
     except PATH_ERRORS as error:
         code, sentence, alone = 2, path_sentence(error), True
     except stopping.LostRank as error:

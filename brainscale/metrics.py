@@ -212,8 +212,11 @@ def read(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def rate(line: dict[str, Any]) -> str:
-    """MFU of a metric line in words, or the model's TFLOP/s on all ranks where the device's peak is not known."""
-    return f"{line['tflops_per_s']:.3g} TFLOP/s" if line["mfu"] is None else f"MFU {line['mfu']:.1%}"
+    """MFU of a metric line in words, or the model's FLOP/s on all ranks where the device's peak is not known."""
+    if line["mfu"] is not None:
+        return f"MFU {line['mfu']:.1%}"
+    rate = line["tflops_per_s"]
+    return f"{rate:.3g} TFLOP/s" if rate >= 0.1 else f"{1e3 * rate:.3g} GFLOP/s"
 
 
 def peak(world: World, precision: str = "bf16") -> float | None:

@@ -12,8 +12,9 @@ PHASES = (
     "data", "copy", "masks", "gather", "encoder", "decoder", "predictor", "teacher", "pixel_loss", "prediction_loss",
     "spectral", "regularizer", "backward", "optimizer", "ema", "log", "checkpoint", "other",
 )  # fmt: skip
-"""In the order of a step. data: waiting for the loader; copy: to the device; log: writing a line of metrics.jsonl;
-checkpoint: what a save takes of the loop; other: evaluations and probes. With all that is within, for the last two."""
+"""In the order of a step. data: waiting for the loader; copy: to the device; log: making and writing a line of
+metrics.jsonl; checkpoint: what a save takes of the loop; other: evaluations and probes. With all that is within, for
+the last two."""
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from brainscale.masking import draw_masks
 from brainscale.monitor_settings import Checkpoint, profiled_steps
 from brainscale.monitoring import evaluate, examine
 from brainscale.nonfinite import MicroBatch
+from brainscale.out_of_memory import Guard
 from brainscale.phases import phase
 from brainscale.preflight import check
 from brainscale.schedules import due, learning_rate
@@ -46,19 +47,21 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
     """Train to `train.num_steps`, continuing from the newest checkpoint of the run folder.
 
     allow_change: keys that a resumed run may change besides those of MAY_CHANGE_ON_RESUME. The process group must
-    exist. Raises InputError for settings or data that cannot work; TrainingStopped when too many steps are not finite,
-    another rank is gone or no batches come; StoppedEarly when `stop` or the time says so (the state is saved then) or
-    the disk is full.
+    exist. Raises InputError for settings or data that cannot work, and where memory runs out; TrainingStopped when too
+    many steps are not finite, another rank is gone or no batches come; StoppedEarly when `stop` or the time says so
+    (the state is saved then) or the disk is full.
     """
     with run_folder.locked(run_dir, world):
         if hopeless := restarts.begin(run_dir, config.health.max_restarts_without_progress, world):
             raise TrainingStopped(hopeless)
         watch = Watch(world, run_dir, config.health.first_timeout_s)
+        guard = Guard(config, run_dir, world)
         try:
             check(config, run_dir, world, allow_change)
             session = prepare(config, run_dir, world, allow_change)
             if session is not None:
-                train(session, stop, watch)
+                guard.start(session.state.step, session.loader.reader.volume_zyx)
+                train(session, stop, watch, guard)
         except (TrainingStopped, StoppedEarly):
             raise
         except InputError as error:
@@ -68,6 +71,9 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
             watch.tell(error)
             raise NoData(str(error)) from error
         except Exception as error:
+            if spent := guard.explain(error):
+                watch.tell(spent)
+                raise spent from error
             if blamed := watch.blame(error):
                 raise LostRank(blamed, watch.lost_nodes) from error
             raise
@@ -75,7 +81,7 @@ def run(config: Config, run_dir: Path, world: World, stop: stopping.Stop, allow_
             watch.close()
 
 
-def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
+def train(session: Session, stop: stopping.Stop, watch: Watch, guard: Guard) -> None:
     """The steps from the session's state to the end. Raises as `run` does."""
     config, state, world, engine = session.config, session.state, session.world, session.engine
     run_dir, voice, volume_zyx = session.run_dir, session.voice, session.loader.reader.volume_zyx
@@ -114,6 +120,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
 
     for step in range(first, config.train.num_steps):
         begin, before = time.monotonic(), state
+        guard.at(step + 1)
         lr = learning_rate(config.optim, step, config.train.num_steps)
         deep.set_learning_rate(engine, lr)
         with sampler.around(step + 1, recorder.begin(step + 1)) as profile:
@@ -143,11 +150,12 @@ def train(session: Session, stop: stopping.Stop, watch: Watch) -> None:
         planned = due(state.step, config.checkpoint.every_steps) or last
 
         if due(state.step, config.log.every_steps) or planned or gives_up:
-            line: dict[str, Any] = {
-                "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
-                "samples": state.step * samples, "skipped_steps": state.skipped, **session.coverage.read(),
-                **clock.read(state.step, samples, volume_zyx, session.model.flops(), world, config.train.precision),
-            }  # fmt: skip
+            with phase("log"):
+                line: dict[str, Any] = {
+                    "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
+                    "samples": state.step * samples, "skipped_steps": state.skipped, **session.coverage.read(),
+                    **clock.read(state.step, samples, volume_zyx, session.model.flops(), world, config.train.precision),
+                }  # fmt: skip
             if spike := monitor.spike(line["grad_norm"]):
                 line["warnings"] = {"spike": spike}
                 voice.line(f"WARNING, step {state.step}: {spike}")
