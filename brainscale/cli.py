@@ -215,7 +215,8 @@ def dry_run_text(config: Config) -> str:
             to_toml(config),
             f"volume             {seen.shape_zyx} voxels z, y, x (from {seen.origin})",
             f"tokens             {tokens.total} = {grid[0]}×{grid[1]}×{grid[2]}; {tokens.masked} masked, "
-            f"{tokens.visible} visible",
+            f"{tokens.visible} visible"
+            + (f"; {tokens.decoded} of the masked are decoded in training" if tokens.decoded < tokens.masked else ""),
             f"parameters         {trained:,} trained, {encoder:,} of them in the encoder"
             + (f"; {followed:,} in the teacher" if followed else ""),
             f"FLOPs per sample   {flops:.3e} forward and backward",

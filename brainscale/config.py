@@ -71,6 +71,9 @@ class Mae(Model):
     pixel_loss: Literal["mse", "l1"] = "mse"
     normalize_target: bool = False
     """Each masked patch is z-scored before the voxel loss (predictions are de-normalised for the spectral term)."""
+    decode_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the masked tokens that a training step decodes and compares: round(fraction × masked) of every sample,
+    drawn anew for each. Evaluations decode all."""
 
 
 class Spectral(Model):
@@ -97,7 +100,7 @@ class Jepa(Model):
 
     predictor_width: int = Field(default=384, gt=0)
     predictor_depth: int = Field(default=6, gt=0)
-    predictor_heads: int = Field(default=12, gt=0)
+    predictor_heads: int = Field(default=6, gt=0)
     momentum: float = Field(default=0.99925, ge=0, le=1)
     """The teacher is momentum × itself + (1 − momentum) × the student after every optimizer step."""
     final_momentum: float | None = Field(default=None, ge=0, le=1)
@@ -144,8 +147,9 @@ class Train(Model):
     """Largest global gradient norm."""
     compile: bool = False
     """torch.compile of every block (ZeRO stages 0 to 2)."""
-    activation_checkpointing: bool = False
-    """Keep only the inputs of every block and compute it again in the backward pass: less memory, a third more work."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Keep only the inputs of blocks and compute them again in the backward pass: less memory, up to a third more work,
+    the same results. auto: of as few blocks as the GPU's memory asks for, by prediction; none on a CPU."""
     profile: str = ""
     """Steps to record as a trace and a table by phase in RUN/profile (`profiling.py`): "steps 20-25" or "step 20",
     counted from 1 as in metrics.jsonl; "": none. Changes no result."""
@@ -256,6 +260,12 @@ class Config(Model):
             raise ValueError("train.compile works with zero.stage 0 to 2; set another stage or train.compile = false")
         if self.zero.offload_optimizer and self.zero.stage == 0:
             raise ValueError("zero.offload_optimizer needs sharded states; set zero.stage to 1, 2 or 3")
+        if self.mae.decode_fraction < 1 and self.spectral.weight and self.spectral.scope == "volume":
+            raise ValueError(
+                f"mae.decode_fraction = {self.mae.decode_fraction} leaves holes in the mosaic whose spectrum "
+                'spectral.scope = "volume" compares; set spectral.scope = "patch", spectral.weight = 0 or '
+                "mae.decode_fraction = 1"
+            )
         if self.spectral.compat == "paper" and self.spectral.scope != "volume":
             raise ValueError('spectral.compat = "paper" is defined on whole volumes; set spectral.scope = "volume"')
         return self

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from brainscale.config import Config
 from brainscale.distributed import World
-from brainscale.layers import Trunk
+from brainscale.layers import Trunk, recompute_first
 from brainscale.optim import make_optimizer
 from brainscale.teacher import Gathered, Owned, Teacher, publish_whole
 from brainscale.zero import deepspeed_config
@@ -60,15 +60,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per parameter."""
 
 
-def start(model: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
-    """Wrap an initialised fp32 model, moved to the world's device, and its AdamW. The process group must exist."""
+def start(model: nn.Module, config: Config, world: World, recomputed: int = 0) -> deepspeed.DeepSpeedEngine:
+    """Wrap an initialised fp32 model, moved to the world's device, and its AdamW. The process group must exist.
+
+    recomputed: of how many blocks activations are computed again (`plan_recompute.decide`)."""
     if world.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     model = model.to(world.device)
     torch._dynamo.config.recompile_limit = MAX_COMPILED_FORMS
+    recompute_first(model, recomputed)
     for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
-        trunk.recompute = config.train.activation_checkpointing
         for block in trunk.blocks if config.train.compile else ():
             block.compile()
     settings = deepspeed_config(config, world.size)

@@ -58,7 +58,7 @@ class Jepa(nn.Module):
         patches = self.gather(batch, masks.visible)
         with phase("encoder"):
             context = self.encoder(patches, masks.visible)
-        target = self.target(batch, masks.masked)
+        target = self.target(batch, masks)
         with phase("predictor"):
             predicted = self.predictor(context, masks)
         with phase("prediction_loss"):
@@ -90,14 +90,17 @@ class Jepa(nn.Module):
             return patch_gather(batch.stored, ids, self.config.model.patch_voxels_zyx, dtype, self.config.kernels)
 
     @torch.no_grad()
-    def target(self, batch: Batch, ids: Tensor) -> Tensor:
-        """The teacher's tokens (B,K,C) float32 at the ids, made from all tokens of the volume, each layer-normed."""
-        everything = torch.arange(batch.foreground.shape[1], device=ids.device).expand(len(ids), -1)
+    def target(self, batch: Batch, masks: Masks) -> Tensor:
+        """The teacher's masked tokens (B,Km,C) float32, made from all tokens of the volume, each layer-normed.
+
+        Masked tokens come last, so that the last block makes them alone. Visible patches are gathered a second time
+        (the student has them), since cutting them out of these would move as many bytes.
+        """
+        everything = torch.cat((masks.visible, masks.masked), dim=1)
         patches = self.gather(batch, everything)
         with phase("teacher"):
-            tokens = self.teacher(patches, everything)
-            chosen = tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1])).float()
-            return F.layer_norm(chosen, chosen.shape[-1:])
+            tokens = self.teacher(patches, everything, masks.masked.shape[1]).float()
+            return F.layer_norm(tokens, tokens.shape[-1:])
 
     def token_weight(self, batch: Batch, ids: Tensor) -> Tensor:
         """(B,K) weight in the loss: 1 where a token holds enough foreground, else the background's."""
@@ -111,7 +114,7 @@ class Jepa(nn.Module):
     def compare(self, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
         """Predicted and true teacher's tokens (B,Km,C) float32 of masked patches."""
         context = self.encoder(self.gather(batch, masks.visible), masks.visible)
-        return self.predictor(context, masks).float(), self.target(batch, masks.masked)
+        return self.predictor(context, masks).float(), self.target(batch, masks)
 
     def after_step(self, step: int) -> None:
         """Move the teacher after optimizer step `step` (from 0). Collective."""

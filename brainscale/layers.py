@@ -52,14 +52,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
 
-    def forward(self, x_BKC: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B,K,C) → (B,K,C); turn: (cos, sin), each (B,1,K,D/2)."""
+    def forward(self, x_BKC: Tensor, turn: tuple[Tensor, Tensor] | None, outputs: int | None = None) -> Tensor:
+        """(B,K,C) → (B,K,C), or of the last `outputs` tokens alone; turn: (cos, sin), each (B,1,K,D/2)."""
         b, k, c = x_BKC.shape
         q, key, v = self.qkv(x_BKC).view(b, k, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         if turn is not None:
             q, key = rotate(q, *turn), rotate(key, *turn)
+        if outputs is not None:
+            q = q[:, :, k - outputs :]
         out = F.scaled_dot_product_attention(q, key, v)
-        return self.project(out.transpose(1, 2).reshape(b, k, c))
+        return self.project(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -72,14 +74,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_BKC: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B,K,C) → (B,K,C)."""
-        x_BKC = x_BKC + self.attention(self.norm1(x_BKC), turn)
+    def forward(self, x_BKC: Tensor, turn: tuple[Tensor, Tensor] | None, outputs: int | None = None) -> Tensor:
+        """(B,K,C) → (B,K,C), or of the last `outputs` tokens alone, which look at all."""
+        attended = self.attention(self.norm1(x_BKC), turn, outputs)
+        x_BKC = (x_BKC if outputs is None else x_BKC[:, x_BKC.shape[1] - outputs :]) + attended
         return x_BKC + self.mlp(self.norm2(x_BKC))
 
 
 class Trunk(nn.Module):
-    """A stack of blocks over tokens at known grid positions, with a final norm."""
+    """A stack of blocks over tokens at known grid positions, with a final norm.
+
+    recompute: of how many blocks, from the first on, a training pass keeps the input alone and computes the others
+    again in the backward pass.
+    """
 
     coordinates: Tensor
     fixed: Tensor
@@ -93,23 +100,33 @@ class Trunk(nn.Module):
         if position == "sincos":
             self.register_buffer("fixed", sincos_positions(coordinates, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.recompute = False
+        self.recompute = 0
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x_BKC: Tensor, ids_BK: Tensor) -> Tensor:
-        """Tokens (B,K,C) at grid ids (B,K) → (B,K,C)."""
+    def forward(self, x_BKC: Tensor, ids_BK: Tensor, outputs: int | None = None) -> Tensor:
+        """Tokens (B,K,C) at grid ids (B,K) → (B,K,C), or of the last `outputs` tokens alone: what the last block and
+        the norm would make of the others is not computed."""
         turn = None
         if self.position == "sincos":
             x_BKC = x_BKC + self.fixed[ids_BK].to(x_BKC.dtype)
         else:
             angles = rope_angles(self.coordinates[ids_BK], self.head_width)[:, None]
             turn = angles.cos().to(x_BKC.dtype), angles.sin().to(x_BKC.dtype)
-        for block in self.blocks:
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x_BKC = checkpoint(block, x_BKC, turn, use_reentrant=False, preserve_rng_state=False)
+        for number, block in enumerate(self.blocks):
+            given = (x_BKC, turn) if number < len(self.blocks) - 1 or outputs is None else (x_BKC, turn, outputs)
+            if number < self.recompute and self.training and torch.is_grad_enabled():
+                x_BKC = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BKC = block(x_BKC, turn)
+                x_BKC = block(*given)
         return self.norm(x_BKC)
+
+
+def recompute_first(model: nn.Module, blocks: int) -> None:
+    """Let the first `blocks` blocks of a model be computed again in the backward pass, trunk after trunk: an
+    objective's encoder comes before what stands behind it."""
+    for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
+        trunk.recompute = min(blocks, len(trunk.blocks))
+        blocks -= trunk.recompute
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

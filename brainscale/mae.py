@@ -1,7 +1,8 @@
 """The masked autoencoder: encode visible tokens only, decode all, compare masked voxels; plus the spectral term.
 
 Source: MAE (arXiv 2111.06377) in 3D with the FFT-magnitude loss of arXiv 2606.13315 on the mosaic (true voxels where
-visible, predictions where masked). Letters: B batch, N tokens, Kv visible, Km masked, P voxels of a patch.
+visible, predictions where masked). With `mae.decode_fraction` a training pass decodes a part of the masked tokens
+(arXiv 2401.14391); all else decodes them all. Letters: B batch, N tokens, Kv visible, Km masked, P voxels of a patch.
 """
 
 from typing import NamedTuple
@@ -49,7 +50,8 @@ class Mae(nn.Module):
 
     def forward(self, batch: Batch, masks: Masks, step: int | None) -> MaeOutput:
         """Loss of a batch whose tensors and masks are on the model's device, in optimizer step `step` (from 0), or
-        (None) of an evaluation, where the spectral term has its full weight."""
+        (None) of an evaluation, where the spectral term has its full weight and all masked tokens are decoded."""
+        masks = masks if step is None else masks.in_training
         settings, stored, patch = self.config.mae, batch.stored, self.config.model.patch_voxels_zyx
         weight = full_weight(self.config.spectral) if step is None else spectral_weight(self.config.spectral, step)
         kernels = self.config.kernels

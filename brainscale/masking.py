@@ -6,7 +6,7 @@ uniform, and whatever happens afterwards does not know where the grid begins, so
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +15,32 @@ from torch import Tensor
 
 from brainscale.config import MAX_BLOCKS, Config, Mask
 from brainscale.geometry import Zyx
-from brainscale.sampling import MASK, words
+from brainscale.sampling import DECODED, MASK, words
 from brainscale.settings import InputError
 
 
 @dataclass(frozen=True)
 class Masks:
     """Token ids of a batch, each row sorted: visible (B, Kv) and masked (B, Km) int64; Kv + Km = N. blocks: (B,) how
-    many blocks each sample needed; block_fraction: (B,) their mean share of the grid; zeros for single tokens."""
+    many blocks each sample needed; block_fraction: (B,) their mean share of the grid; zeros for single tokens.
+    decoded: (B, Kd) those of the masked that a MAE predicts in training; None: all."""
 
     visible: Tensor
     masked: Tensor
     blocks: np.ndarray = field(default_factory=lambda: np.zeros(1))
     block_fraction: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    decoded: Tensor | None = None
 
     def to(self, device: torch.device) -> "Masks":
         """The same masks with their ids on another device."""
-        ids = (self.visible.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
-        return Masks(*ids, self.blocks, self.block_fraction)
+        visible, masked = (ids.to(device, non_blocking=True) for ids in (self.visible, self.masked))
+        decoded = None if self.decoded is None else self.decoded.to(device, non_blocking=True)
+        return replace(self, visible=visible, masked=masked, decoded=decoded)
+
+    @property
+    def in_training(self) -> "Masks":
+        """With the decoded tokens alone for masked ones."""
+        return self if self.decoded is None else replace(self, masked=self.decoded)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,12 @@ def masked_count(fraction: float, tokens: int) -> int:
     return count
 
 
+def decoded_count(config: Config, masked: int) -> int:
+    """How many of `masked` tokens are predicted in training: round(`mae.decode_fraction` × masked), at least one, in a
+    MAE, all in a JEPA. Source: CrossMAE (arXiv 2401.14391)."""
+    return max(1, round(config.mae.decode_fraction * masked)) if config.objective == "mae" else masked
+
+
 def draw_masks(config: Config, sample_index: np.ndarray, foreground: Tensor, grid_zyx: Zyx) -> Masks:
     """Masks of a batch, on the CPU. sample_index: (B,) global sample indices; foreground: (B,N) share of foreground of
     every token, looked at with `mask.foreground_aware` alone."""
@@ -71,8 +85,20 @@ def draw_masks(config: Config, sample_index: np.ndarray, foreground: Tensor, gri
     if mask.foreground_aware:
         order = head_by_stratum(order, foreground.numpy() > 0, mask.fraction, count)
     times = len(sample_index) // len(drawn)
-    visible, masked = (torch.from_numpy(np.sort(ids, axis=1)) for ids in (order[:, count:], order[:, :count]))
-    return Masks(visible.repeat(times, 1), masked.repeat(times, 1), blocks.repeat(times), fraction.repeat(times))
+    visible, masked = (np.sort(ids, axis=1).repeat(times, 0) for ids in (order[:, count:], order[:, :count]))
+    decoded = draw_decoded(config.seed, sample_index, masked, decoded_count(config, count))
+    ids = (torch.from_numpy(visible), torch.from_numpy(masked))
+    return Masks(*ids, blocks.repeat(times), fraction.repeat(times), decoded)
+
+
+def draw_decoded(seed: int, sample_index: np.ndarray, masked: np.ndarray, count: int) -> Tensor | None:
+    """`count` of each sample's masked ids (B,Km), each equally likely, by words of its own, sorted: (B,count). None
+    where that is all of them."""
+    if count == masked.shape[1]:
+        return None
+    random = np.stack([words(seed, DECODED, int(index), masked.shape[1]) for index in sample_index])
+    chosen = np.sort(np.argsort(random, axis=1, kind="stable")[:, :count], axis=1)
+    return torch.from_numpy(np.take_along_axis(masked, chosen, axis=1))
 
 
 def block_order(

@@ -1,24 +1,31 @@
 """What a model consists of and computes, by formula: tokens, tensors, FLOPs. No model is made.
 
 A multiply-add is two FLOPs; norms, activations, softmax, positions and losses are left out, as is usual (below 1 % of
-the presets' work). Letters: n tokens, d width, P voxels of a patch.
+the presets' work). Letters: n tokens, m of them that are wanted, d width, P voxels of a patch.
 """
 
 from dataclasses import dataclass
 
 from brainscale.config import Config, ModelSettings
 from brainscale.geometry import Zyx, token_grid
-from brainscale.masking import masked_count
+from brainscale.masking import decoded_count, masked_count
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one volume, those the encoder sees and those that are predicted, and voxels of a patch."""
+    """Tokens of one volume, those the encoder sees, the hidden ones, voxels of a patch, and those of the hidden ones
+    that are predicted in training."""
 
     total: int
     visible: int
     masked: int
     patch_voxels: int
+    decoded: int
+
+    @property
+    def behind(self) -> int:
+        """Tokens that go through the decoder or predictor."""
+        return self.visible + self.decoded
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ def tokens_of(config: Config, volume_zyx: Zyx) -> Tokens:
     """Raises InputError when the patch does not divide the volume, or the mask hides nothing or everything."""
     z, y, x = token_grid(volume_zyx, config.model.patch_voxels_zyx)
     masked = masked_count(config.mask.fraction, z * y * x)
-    return Tokens(z * y * x, z * y * x - masked, masked, patch_voxels(config.model))
+    return Tokens(z * y * x, z * y * x - masked, masked, patch_voxels(config.model), decoded_count(config, masked))
 
 
 def patch_voxels(settings: ModelSettings) -> int:
@@ -88,14 +95,44 @@ def teacher_sizes(config: Config) -> list[int]:
 # ----------------------------------------------------------------------------------------------- FLOPs
 
 
-def block_flops(tokens: int, width: int) -> int:
-    """Forward FLOPs of one block: 24·n·d² for the matrices, 4·n²·d for attention."""
-    return 24 * tokens * width**2 + 4 * tokens**2 * width
+@dataclass(frozen=True)
+class BlockShape:
+    """What goes through one block: n tokens of width d, and m of them that come out (all but in a last block)."""
+
+    tokens: int
+    width: int
+    heads: int
+    outputs: int
 
 
-def encoder_flops(settings: ModelSettings, tokens: int) -> int:
-    """Forward FLOPs of one sample with `tokens` tokens."""
-    return embedding_flops(settings, tokens) + settings.depth * block_flops(tokens, settings.width)
+def block_shapes(config: Config, tokens: Tokens) -> list[BlockShape]:
+    """Of every block that is trained, in the order of computing: the encoder's, then the decoder's or predictor's, of
+    which the last makes the predicted tokens alone."""
+    model, decoder = config.model, decoder_of(config)
+    seen = BlockShape(tokens.visible, model.width, model.heads, tokens.visible)
+    every = BlockShape(tokens.behind, decoder.width, decoder.heads, tokens.behind)
+    last = BlockShape(tokens.behind, decoder.width, decoder.heads, tokens.decoded)
+    return [seen] * model.depth + [every] * (decoder.depth - 1) + [last]
+
+
+def block_count(config: Config) -> int:
+    """Blocks that are trained."""
+    return config.model.depth + decoder_of(config).depth
+
+
+def recomputed_or(config: Config, recomputed: int | None) -> int:
+    """How many blocks, from the first on, are computed again in the backward pass: the number, or where it is None all
+    with `train.activation_checkpointing = true` and none otherwise ("auto" is decided in plan_recompute.py)."""
+    if recomputed is not None:
+        return recomputed
+    return block_count(config) if config.train.activation_checkpointing is True else 0
+
+
+def block_flops(shape: BlockShape) -> int:
+    """Forward FLOPs of one block: queries, keys and values 6·n·d², projection and MLP 18·m·d², attention 4·n·m·d. In
+    all but a last block 24·n·d² + 4·n²·d. (A last block makes the other tokens' queries too: 2·d² each.)"""
+    n, m, d = shape.tokens, shape.outputs, shape.width
+    return 6 * n * d**2 + 18 * m * d**2 + 4 * n * m * d
 
 
 def embedding_flops(settings: ModelSettings, tokens: int) -> int:
@@ -103,43 +140,51 @@ def embedding_flops(settings: ModelSettings, tokens: int) -> int:
     return 2 * tokens * patch_voxels(settings) * settings.width
 
 
-def decoder_flops(encoder_width: int, decoder: Decoder, tokens: Tokens) -> int:
-    """Forward FLOPs of one sample: all tokens go through the blocks, the masked ones through the head."""
-    ends = 2 * tokens.visible * encoder_width * decoder.width + 2 * tokens.masked * decoder.width * decoder.outputs
-    return ends + decoder.depth * block_flops(tokens.total, decoder.width)
+def student_flops(config: Config, tokens: Tokens) -> int:
+    """Forward FLOPs of one sample in all that is trained: patch embedding, blocks, and the decoder's ends: its
+    embedding of the encoder's tokens, and the head of the predicted ones."""
+    decoder = decoder_of(config)
+    ends = (
+        2 * tokens.visible * config.model.width * decoder.width + 2 * tokens.decoded * decoder.width * decoder.outputs
+    )
+    blocks = sum(block_flops(shape) for shape in block_shapes(config, tokens))
+    return embedding_flops(config.model, tokens.visible) + blocks + ends
+
+
+def teacher_flops(config: Config, tokens: Tokens) -> int:
+    """Forward FLOPs of one sample in a JEPA's teacher: all tokens go in, the targets come out. 0 in a MAE."""
+    if config.objective != "jepa":
+        return 0
+    model = config.model
+    every = BlockShape(tokens.total, model.width, model.heads, tokens.total)
+    last = BlockShape(tokens.total, model.width, model.heads, tokens.decoded)
+    return embedding_flops(model, tokens.total) + (model.depth - 1) * block_flops(every) + block_flops(last)
 
 
 def model_flops(config: Config, tokens: Tokens) -> int:
     """FLOPs of one sample as MFU counts them: 3 × forward of what is trained, 1 × the teacher's forward. Nothing that
     is computed twice counts twice. Source: PaLM (arXiv 2204.02311, appendix B)."""
-    student = encoder_flops(config.model, tokens.visible)
-    student += decoder_flops(config.model.width, decoder_of(config), tokens)
-    return 3 * student + (encoder_flops(config.model, tokens.total) if config.objective == "jepa" else 0)
+    return 3 * student_flops(config, tokens) + teacher_flops(config, tokens)
 
 
-def executed_flops(config: Config, tokens: Tokens, fused_attention: bool = True) -> int:
+def executed_flops(config: Config, tokens: Tokens, fused_attention: bool = True, recomputed: int | None = None) -> int:
     """FLOPs of one sample that a GPU does: `model_flops` and
 
     - less the gradient to the patches, which nobody wants: 2·n·P·d once;
-    - with fused attention (FlashAttention, memory-efficient), scores made again in the backward pass: 2·n²·d per block
+    - with fused attention (FlashAttention, memory-efficient), scores made again in the backward pass: 2·n·m·d per block
       (arXiv 2205.14135, §3);
-    - with activation checkpointing, each block's forward pass again up to its last matrix: 16·n·d² + 4·n²·d;
+    - of blocks that are computed again (`recomputed_or`), the forward pass up to the last matrix: less 8·m·d²;
     - token-level VCR: the covariance and its gradient, 6·n·d².
 
     Left out: pooled VCR and SIGReg (per volume, not per token), and transforms of the spectral term, which are bound by
     memory (`plan_time`).
     """
-    decoder = decoder_of(config)
-    flops = model_flops(config, tokens) - embedding_flops(config.model, tokens.visible)
-    stacks = (
-        (config.model.depth, tokens.visible, config.model.width),
-        (decoder.depth, tokens.total, decoder.width),
-    )
-    for depth, n, width in stacks:
-        if fused_attention:
-            flops += depth * 2 * n**2 * width
-        if config.train.activation_checkpointing:
-            flops += depth * (16 * n * width**2 + 4 * n**2 * width)
+    flops, shapes = model_flops(config, tokens), block_shapes(config, tokens)
+    flops -= embedding_flops(config.model, tokens.visible)
+    if fused_attention:
+        flops += sum(2 * shape.tokens * shape.outputs * shape.width for shape in shapes)
+    again = shapes[: recomputed_or(config, recomputed)]
+    flops += sum(block_flops(shape) - 8 * shape.outputs * shape.width**2 for shape in again)
     if config.regularizer.kind == "vcr" and config.regularizer.compat == "paper":
         flops += 6 * tokens.total * config.model.width**2
     return flops

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from brainscale import plan_memory, plan_time
+from brainscale import plan_memory, plan_recompute, plan_time
 from brainscale.config import Config
 from brainscale.geometry import Zyx
 from brainscale.hardware import Gpu, Network
 from brainscale.model_counts import Tokens, executed_flops, model_flops, teacher_sizes, tokens_of, trained_sizes
 from brainscale.plan_memory import GIB, Memory
+from brainscale.plan_recompute import USABLE_FRACTION
 from brainscale.plan_time import Time
 from brainscale.reader import Reader
 from brainscale.settings import InputError, set_override
@@ -20,8 +21,6 @@ from brainscale.zero import batch_split, zero_stage
 
 DEFAULT_VOLUME: Zyx = (160, 192, 160)
 """Of configs/prep/brain_1mm.toml, in z, y, x."""
-FULL_FRACTION = 0.9
-"""Of a GPU's memory, above which a plan that fits is called tight."""
 MAX_ALTERNATIVES = 4
 READER_GB_PER_S = 0.6
 """Of decoded voxels by one thread, cold: `brainscale bench loader` on an Intel Xeon (62 volumes/s of 9.8 MB)."""
@@ -53,8 +52,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is predicted for one shape. bytes are of one GPU, data_bytes_per_s too; hours_range: at the fractions
-    of `plan_time.COMPUTE_RANGE`."""
+    """All that is predicted for one shape. bytes are of one GPU, data_bytes_per_s too; recomputed_blocks: those whose
+    activations are computed again; hours_range: at the fractions of `plan_time.COMPUTE_RANGE`."""
 
     config: Config
     volume: Volume
@@ -71,6 +70,7 @@ class Plan:
     micro_batch_volumes: int
     accumulation: int
     zero_stage: int
+    recomputed_blocks: int
     memory: Memory
     time: Time
     hours: float
@@ -125,9 +125,11 @@ def make(
     if not 0 < attained <= 1:
         raise InputError(f"--attained is {attained}; give the share of the peak that is attained, above 0, at most 1")
     tokens, ranks = tokens_of(config, volume.shape_zyx), nodes * gpus_per_node
-    memory = plan_memory.predict(config, tokens, ranks, volume.voxel_bytes, kernels_of(config), fused)
+    kernels = kernels_of(config)
+    recomputed = plan_recompute.decide(config, tokens, ranks, gpu.memory_gib * GIB, volume.voxel_bytes, kernels, fused)
+    memory = plan_memory.predict(config, tokens, ranks, volume.voxel_bytes, kernels, fused, recomputed)
     time, slow, fast = (
-        plan_time.predict(config, tokens, nodes, gpus_per_node, gpu, network, fraction, kernels_of(config))
+        plan_time.predict(config, tokens, nodes, gpus_per_node, gpu, network, fraction, kernels, recomputed)
         for fraction in (attained, *plan_time.COMPUTE_RANGE)
     )
     micro, accumulation = batch_split(config, ranks)
@@ -137,8 +139,9 @@ def make(
     plan = Plan(
         config=config, volume=volume, tokens=tokens, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, network=network,
         attained=attained, parameters=trained, teacher_parameters=teacher, flops_per_sample=model_flops(config, tokens),
-        executed_flops_per_sample=executed_flops(config, tokens, fused), micro_batch_volumes=micro,
-        accumulation=accumulation, zero_stage=zero_stage(config, accumulation), memory=memory, time=time,
+        executed_flops_per_sample=executed_flops(config, tokens, fused, recomputed), micro_batch_volumes=micro,
+        accumulation=accumulation, zero_stage=zero_stage(config, accumulation), recomputed_blocks=recomputed,
+        memory=memory, time=time,
         hours=hours * time.step_s, hours_range=(hours * fast.step_s, hours * slow.step_s),
         checkpoint_bytes=checkpoint_bytes(trained, teacher),
         data_bytes_per_s=micro * accumulation * voxels * volume.voxel_bytes / time.step_s, warnings=[], alternatives=[],
@@ -178,8 +181,8 @@ def warnings(plan: Plan) -> list[str]:
         said.append("train.compile is not modelled: it saves memory and time that this plan does not count on")
     if config.kernels == "reference":
         said.append('kernels = "reference" is not for GPUs: its memory is roughly estimated')
-    if plan.fits and plan.memory.total_bytes > FULL_FRACTION * plan.gpu.memory_gib * GIB:
-        said.append(f"more than {FULL_FRACTION:.0%} of the GPU's memory; the guesses above may not hold")
+    if plan.fits and plan.memory.total_bytes > USABLE_FRACTION * plan.gpu.memory_gib * GIB:
+        said.append(f"more than {USABLE_FRACTION:.0%} of the GPU's memory; the guesses above may not hold")
     readers = plan.data_bytes_per_s / 1e9 / READER_GB_PER_S
     if readers > config.data.workers:
         said.append(
@@ -226,7 +229,7 @@ def _simpler(one: Alternative, other: Alternative) -> bool:
 def _changes(config: Config, micro: int | None) -> list[tuple[str, ...]]:
     lists = [
         [()] if micro is None else [(f"train.micro_batch_volumes={micro}",)],
-        [(), ("train.activation_checkpointing=true",)] if not config.train.activation_checkpointing else [()],
+        [(), ("train.activation_checkpointing=auto",)] if not config.train.activation_checkpointing else [()],
         [() if stage == config.zero.stage else (f"zero.stage={stage}",) for stage in range(config.zero.stage, 4)],
         [(), ("zero.offload_optimizer=true",)] if not config.zero.offload_optimizer else [()],
     ]
@@ -250,11 +253,13 @@ def _changed(config: Config, changes: tuple[str, ...]) -> Config | None:
 def _alternative(plan: Plan, config: Config, changes: tuple[str, ...], nodes: int, fused: bool) -> Alternative | None:
     """What comes of it, or None where it does not fit."""
     ranks, kernels = nodes * plan.gpus_per_node, kernels_of(config)
-    memory = plan_memory.predict(config, plan.tokens, ranks, plan.volume.voxel_bytes, kernels, fused)
-    if memory.total_bytes > plan.gpu.memory_gib * GIB:
+    capacity, voxel_bytes = plan.gpu.memory_gib * GIB, plan.volume.voxel_bytes
+    recomputed = plan_recompute.decide(config, plan.tokens, ranks, capacity, voxel_bytes, kernels, fused)
+    memory = plan_memory.predict(config, plan.tokens, ranks, voxel_bytes, kernels, fused, recomputed)
+    if memory.total_bytes > capacity:
         return None
     time = plan_time.predict(
-        config, plan.tokens, nodes, plan.gpus_per_node, plan.gpu, plan.network, plan.attained, kernels
+        config, plan.tokens, nodes, plan.gpus_per_node, plan.gpu, plan.network, plan.attained, kernels, recomputed
     )
     gpu_hours = config.train.num_steps * time.step_s / 3600 * ranks
     return Alternative(changes, nodes, memory.total_bytes / GIB, time.step_s, gpu_hours)

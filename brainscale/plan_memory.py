@@ -1,17 +1,18 @@
 """How much memory of a GPU a run needs, by formula, at each moment of a step that can be the fullest.
 
 Activations are what autograd keeps of the blocks of layers.py: 16·n·d elements a block (x, norm, qkv 3, attention's
-output, x, norm, MLP 4 + 4), 19·n·d with rotary positions; workspaces are those of the kernels; states: plan_states.py.
+output, x, norm, MLP 4 + 4), 19·n·d with rotary positions, or n·d where it is computed again; workspaces are those of
+the kernels; states: plan_states.py.
 All of it is checked on a CPU against counted bytes (tests/test_plan_memory.py). CONTEXT_BYTES and SLACK_FRACTION are
 guesses that no CPU can check.
 
-Letters: e bytes of an element (bf16 2, fp32 4), n tokens, d width.
+Letters: e bytes of an element (bf16 2, fp32 4), n tokens, m of them that come out of a block, d width.
 """
 
 from dataclasses import dataclass
 
 from brainscale.config import Config
-from brainscale.model_counts import Tokens, decoder_of
+from brainscale.model_counts import BlockShape, Tokens, block_shapes, decoder_of, recomputed_or
 from brainscale.plan_states import Part, element_bytes, states
 from brainscale.zero import batch_split
 
@@ -66,21 +67,24 @@ class Memory:
 
 
 def predict(
-    config: Config, tokens: Tokens, ranks: int, voxel_bytes: int = 2, kernels: str = "triton", fused: bool = True
-) -> Memory:
+    config: Config, tokens: Tokens, ranks: int, voxel_bytes: int = 2, kernels: str = "triton", fused: bool = True,
+    recomputed: int | None = None,
+) -> Memory:  # fmt: skip
     """Memory of one rank. voxel_bytes: of a stored voxel; kernels: "triton" or "reference"; fused: attention keeps no
-    n×n scores (FlashAttention, cuDNN and memory-efficient attention do not). Raises InputError when the ranks do not
+    n×n scores (FlashAttention, cuDNN and memory-efficient attention do not); recomputed: blocks, from the first on,
+    that are computed again in the backward pass (`model_counts.recomputed_or`). Raises InputError when the ranks do not
     divide the global batch."""
     micro, _ = batch_split(config, ranks)
+    recomputed = recomputed_or(config, recomputed)
     held = states(config, ranks)
     batch = micro * tokens.total * (tokens.patch_voxels * voxel_bytes + 4)
     always = [
         *held.always,
         Part("batches", BATCHES_ON_DEVICE * batch, f"{BATCHES_ON_DEVICE} of {micro} volumes in storage type"),
     ]
-    forward, saved = [*always, *held.forward], activations(config, tokens, micro, fused)
+    forward, saved = [*always, *held.forward], activations(config, tokens, micro, fused, recomputed)
     units, working = loss_parts(config, tokens, micro, kernels)
-    begin = backward_part(config, tokens, micro, fused)
+    begin, again = backward_parts(config, tokens, micro, fused, recomputed)
     reducing = [part for part in held.backward if part.name != "gradients" and part not in held.forward]
     phases = {
         "loss": [*forward, *saved, units, working],
@@ -88,6 +92,8 @@ def predict(
         "end of the backward pass": [*always, *held.backward],
         "optimizer step": [*always, *held.step],
     }
+    if recomputed:
+        phases["backward pass, the encoder again"] = [*always, *held.backward, again]
     if config.objective == "jepa":
         phases = {"teacher's forward pass": [*forward, saved[0], teacher_pass(config, tokens, micro)], **phases}
     return Memory(phases, held.host_bytes)
@@ -96,47 +102,66 @@ def predict(
 # ----------------------------------------------------------------------------------------- activations
 
 
-def block_bytes(n: int, width: int, heads: int, e: int, rope: bool, fused: bool) -> float:
-    """What autograd keeps of one block for one sample: e·n·d × (x, norm, qkv 3, attention's output, x, norm, MLP 4 + 4;
-    with rope and fused attention also turned queries and keys 2, and the output in another order), norms' statistics in
-    fp32, and attention's log-sum-exp, or the n×n weights of every head where it is not fused."""
-    kept = e * n * width * (19 if rope and fused else 16) + 16 * n
-    return kept + (4 * n * heads if fused else e * heads * n * n)
+def block_bytes(shape: BlockShape, e: int, rope: bool, fused: bool) -> float:
+    """What autograd keeps of one block for one sample: e·d × (x, norm and qkv 3 of all n; attention's output, x, norm,
+    MLP 4 + 4 of the m that come out; with rope and fused attention also turned queries and keys 2·n, and the output in
+    another order m), norms' statistics in fp32, and attention's log-sum-exp, or the m×n weights of every head where it
+    is not fused."""
+    n, m = shape.tokens, shape.outputs
+    kept = e * shape.width * (7 * n + 12 * m if rope and fused else 5 * n + 11 * m) + 8 * (n + m)
+    return kept + shape.heads * (4 * m if fused else e * m * n)
 
 
-def activations(config: Config, tokens: Tokens, micro: int, fused: bool) -> tuple[Part, Part]:
-    """(encoder's, decoder's or predictor's) of one micro-batch. With activation checkpointing the inputs of all blocks;
-    the one block that is made again counts as working memory (`backward_part`)."""
-    e, rope, decoder = element_bytes(config), config.model.position == "rope", decoder_of(config)
-    recomputes, kept = config.train.activation_checkpointing, tokens.visible
-    width, heads = config.model.width, config.model.heads
+def activations(
+    config: Config, tokens: Tokens, micro: int, fused: bool, recomputed: int | None = None
+) -> tuple[Part, Part]:
+    """(encoder's, decoder's or predictor's) of one micro-batch. Of blocks that are computed again the inputs; the one
+    that is at hand counts as working memory (`backward_parts`)."""
+    e, rope, depth = element_bytes(config), config.model.position == "rope", config.model.depth
+    shapes, again = block_shapes(config, tokens), recomputed_or(config, recomputed)
+    kept = [
+        e * shape.tokens * shape.width if at < again else block_bytes(shape, e, rope, fused)
+        for at, shape in enumerate(shapes)
+    ]
 
-    def stack(n: int, width: int, depth: int, heads: int) -> float:
-        one = e * n * width if recomputes else block_bytes(n, width, heads, e, rope, fused)
-        tables = e * n * (width // heads) if rope else 0  # cosines and sines, half a head each
-        return depth * one + tables + e * n * width  # and the final norm's input
+    def ends(last: BlockShape) -> float:
+        """Cosines and sines, half a head each, and the final norm's input."""
+        tables = last.tokens * (last.width // last.heads) if rope else 0
+        return e * (tables + last.outputs * last.width)
 
-    encoder = stack(kept, width, config.model.depth, heads) + e * kept * (tokens.patch_voxels + width)
-    after = stack(tokens.total, decoder.width, decoder.depth, decoder.heads) + e * tokens.masked * decoder.width
+    seen, decoder = tokens.visible, decoder_of(config)
+    encoder = sum(kept[:depth]) + ends(shapes[0]) + e * seen * (tokens.patch_voxels + config.model.width)
+    after = sum(kept[depth:]) + ends(shapes[-1]) + e * tokens.decoded * decoder.width
+
+    def why(count: int, depth: int, tokens: int) -> str:
+        made = f", {'inputs alone' if count == depth else f'of {count} inputs alone'}" if count else ""
+        return f"{micro} volumes, {tokens} tokens × {depth} blocks{made}"
+
     name = "decoder" if config.objective == "mae" else "predictor"
-    how = "inputs of blocks" if recomputes else f"{micro} volumes"
     return (
-        Part("activations, encoder", micro * encoder, f"{how}, {kept} tokens × {config.model.depth} blocks"),
-        Part(f"activations, {name}", micro * after, f"{how}, {tokens.total} tokens × {decoder.depth} blocks"),
+        Part("activations, encoder", micro * encoder, why(min(again, depth), depth, seen)),
+        Part(f"activations, {name}", micro * after, why(max(0, again - depth), decoder.depth, tokens.behind)),
     )
 
 
-def backward_part(config: Config, tokens: Tokens, micro: int, fused: bool) -> Part:
-    """What the backward pass needs at its fullest, in the last block: gradients inside of it, or of the prediction."""
-    e, decoder, rope = element_bytes(config), decoder_of(config), config.model.position == "rope"
-    inside: float = BACKWARD_ELEMENTS * e * tokens.total * decoder.width
-    if config.train.activation_checkpointing:
-        inside += max(
-            block_bytes(tokens.total, decoder.width, decoder.heads, e, rope, fused),
-            block_bytes(tokens.visible, config.model.width, config.model.heads, e, rope, fused),
-        )
-    outputs = 2 * e * tokens.masked * decoder.outputs
-    return Part("backward pass", micro * max(inside, outputs), "gradients inside the last block, or of the prediction")
+def backward_parts(
+    config: Config, tokens: Tokens, micro: int, fused: bool, recomputed: int | None = None
+) -> tuple[Part, Part]:
+    """What the backward pass needs at its beginning, in the last block: gradients inside of it, or of the prediction,
+    and the block itself where it is computed again; and, where that is done, in the last of the encoder's blocks that
+    is computed again: the inputs of those before it, the block, gradients inside of it."""
+    e, rope, shapes = element_bytes(config), config.model.position == "rope", block_shapes(config, tokens)
+    again, depth = recomputed_or(config, recomputed), config.model.depth
+    first, last = shapes[0], shapes[-1]
+    inside: float = BACKWARD_ELEMENTS * e * last.outputs * last.width
+    inside += block_bytes(last, e, rope, fused) if again == len(shapes) else 0
+    outputs = 2 * e * tokens.decoded * decoder_of(config).outputs
+    inputs = e * first.tokens * (min(again, depth) * first.width + tokens.patch_voxels)
+    later = inputs + block_bytes(first, e, rope, fused) + BACKWARD_ELEMENTS * e * first.tokens * first.width
+    return (
+        Part("backward pass", micro * max(inside, outputs), "gradients inside the last block, or of the prediction"),
+        Part("computing again", micro * later, "inputs of the encoder's blocks, one block and gradients in it"),
+    )
 
 
 def teacher_pass(config: Config, tokens: Tokens, micro: int) -> Part:
@@ -159,7 +184,7 @@ def loss_parts(config: Config, tokens: Tokens, micro: int, kernels: str) -> tupl
     fp32, and token-level VCR all tokens and two centred copies of them.
     """
     e, decoder = element_bytes(config), decoder_of(config)
-    values = micro * tokens.masked * decoder.outputs
+    values = micro * tokens.decoded * decoder.outputs
     working: float
     if config.objective == "jepa":
         kept: float = 4 * values

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from brainscale import plan_time
+from brainscale.model_counts import block_count
 from brainscale.plan import Plan
 from brainscale.plan_memory import CONTEXT_BYTES, GIB, SLACK_FRACTION
 
@@ -23,9 +24,14 @@ def _shape(plan: Plan) -> list[str]:
         f"{config.train.precision}, {plan.micro_batch_volumes} volume(s) × {plan.accumulation} accumulated × "
         f"{plan.ranks} GPUs = {config.train.global_batch_volumes}, ZeRO stage {plan.zero_stage}"
         + (", optimizer offloaded" if config.zero.offload_optimizer else "")
-        + (", activation checkpointing" if config.train.activation_checkpointing else ""),
+        + (
+            f", {plan.recomputed_blocks} of {block_count(config)} blocks computed again"
+            if plan.recomputed_blocks
+            else ""
+        ),
         f"volume      {plan.volume.shape_zyx} voxels z, y, x (from {plan.volume.origin})",
-        f"tokens      {tokens.total:,}: {tokens.visible:,} seen, {tokens.masked:,} masked",
+        f"tokens      {tokens.total:,}: {tokens.visible:,} seen, {tokens.masked:,} masked"
+        + (f", {tokens.decoded:,} of them decoded" if tokens.decoded < tokens.masked else ""),
         f"parameters  {plan.parameters:,} trained{teacher}",
         f"FLOPs       {plan.flops_per_sample:.3e} a sample, {plan.executed_flops_per_sample:.3e} as executed",
     ]
@@ -118,7 +124,7 @@ def as_json(plan: Plan) -> str:
         "parameters": plan.parameters, "teacher_parameters": plan.teacher_parameters,
         "flops_per_sample": plan.flops_per_sample, "executed_flops_per_sample": plan.executed_flops_per_sample,
         "micro_batch_volumes": plan.micro_batch_volumes, "accumulation": plan.accumulation,
-        "zero_stage": plan.zero_stage,
+        "zero_stage": plan.zero_stage, "recomputed_blocks": plan.recomputed_blocks,
         "memory": {
             "fits": plan.fits, "total_bytes": memory.total_bytes, "peak_phase": memory.peak_phase,
             "parts": [asdict(part) for part in memory.parts()], "host_bytes_per_gpu": memory.host_bytes,

@@ -71,9 +71,10 @@ class Time:
 
 def predict(
     config: Config, tokens: Tokens, nodes: int, gpus_per_node: int, gpu: Gpu, network: Network,
-    attained: float = ATTAINED_COMPUTE, kernels: str = "triton",
+    attained: float = ATTAINED_COMPUTE, kernels: str = "triton", recomputed: int | None = None,
 ) -> Time:  # fmt: skip
-    """One step. Raises InputError where the GPU has no bf16, or the ranks do not divide the global batch."""
+    """One step. recomputed: blocks that are computed again (`model_counts.recomputed_or`). Raises InputError where the
+    GPU has no bf16, or the ranks do not divide the global batch."""
     bf16, ranks = config.train.precision == "bf16", nodes * gpus_per_node
     if bf16 and not gpu.bf16_tflops:
         raise InputError(
@@ -83,7 +84,7 @@ def predict(
     peak = 1e12 * (gpu.bf16_tflops if bf16 else gpu.fp32_tflops)
     micro, accumulation = batch_split(config, ranks)
     volumes = micro * accumulation
-    compute_s = volumes * executed_flops(config, tokens) / (peak * attained)
+    compute_s = volumes * executed_flops(config, tokens, recomputed=recomputed) / (peak * attained)
     memory_s = memory_bytes(config, tokens, ranks, kernels) / (1e9 * gpu.memory_gb_per_s * ATTAINED_MEMORY)
     sent, messages = sent_bytes(config, ranks), message_count(config, ranks)
     bus = gpu.link_gb_per_s if nodes == 1 else min(gpu.link_gb_per_s, network.node_gb_per_s(gpus_per_node))
@@ -127,7 +128,8 @@ def sent_bytes(config: Config, ranks: int) -> dict[str, float]:
 
 
 def message_count(config: Config, ranks: int) -> dict[str, float]:
-    """Collectives per step: a bucket's parts by owner, or at stage 3 a block each time it is used."""
+    """Collectives per step: a bucket's parts by owner, and whole groups of parameters (optim.py: matrices, vectors; of a
+    JEPA those of encoder, predictor and teacher); at stage 3 a block each time it is used."""
     zero, accumulation = deepspeed_config(config, ranks)["zero_optimization"], batch_split(config, ranks)[1]
     stage, trained = zero["stage"], sum(trained_sizes(config))
     if stage == 3:
@@ -137,7 +139,8 @@ def message_count(config: Config, ranks: int) -> dict[str, float]:
         return {"gradients": reductions, "weights": accumulation * (2 * blocks + teacher)}
     buckets = math.ceil(trained / zero.get("reduce_bucket_size", trained))
     reductions = accumulation if stage == 2 else 1
-    return {"gradients": reductions * (buckets + ranks - 1 if stage else 1), "weights": buckets if stage else 0}
+    groups = 6 if config.objective == "jepa" else 2
+    return {"gradients": reductions * (buckets + ranks - 1 if stage else 1), "weights": groups if stage else 0}
 
 
 def memory_bytes(config: Config, tokens: Tokens, ranks: int, kernels: str) -> float:
@@ -152,6 +155,6 @@ def memory_bytes(config: Config, tokens: Tokens, ranks: int, kernels: str) -> fl
     moved += (2 * e + e + 4) * trained * (accumulation if stage >= 2 else 1)
     spectral = config.spectral
     if config.objective == "mae" and spectral.weight > 0:
-        voxels = micro * accumulation * tokens.total * tokens.patch_voxels
+        voxels = micro * accumulation * tokens.total * tokens.patch_voxels * tokens.decoded / tokens.masked
         moved += SPECTRAL_BYTES_PER_VOXEL[kernels, spectral.scope] * voxels / spectral.every_steps
     return moved

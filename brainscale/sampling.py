@@ -16,7 +16,7 @@ from brainscale.data_settings import Augment
 from brainscale.geometry import Zyx
 from brainscale.settings import InputError
 
-ORDER, AUGMENT, MASK, NOISE = 0, 1, 2, 6
+ORDER, AUGMENT, MASK, NOISE, DECODED = 0, 1, 2, 6, 7
 """Streams: independent random words for the same (seed, index)."""
 NOISE_PLACES = 1 << 20
 """Places where the noise of a sample may begin."""

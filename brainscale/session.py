@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainscale import checkpoint, metrics, nonfinite, provenance, run_folder, trackers
+from brainscale import checkpoint, metrics, nonfinite, plan_recompute, provenance, run_folder, trackers
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState, read_state, step_of
 from brainscale.config import Config
@@ -18,7 +18,8 @@ from brainscale.holdout import Holdout
 from brainscale.jepa import Jepa
 from brainscale.layers import initialise
 from brainscale.loader import Loader
-from brainscale.masking import Coverage, masked_count
+from brainscale.masking import Coverage
+from brainscale.model_counts import tokens_of
 from brainscale.objective import OBJECTIVES, Objective
 from brainscale.online_probe import OnlineProbe
 from brainscale.ops import choose, refuse
@@ -30,7 +31,8 @@ from brainscale.zero import batch_split, zero_stage
 
 @dataclass
 class Session:
-    """A run that is ready to step; `state` says where. A step is `accumulation` micro-batches of every rank."""
+    """A run that is ready to step; `state` says where. A step is `accumulation` micro-batches of every rank.
+    recomputed: of how many blocks activations are computed again."""
 
     config: Config
     run_dir: Path
@@ -40,6 +42,7 @@ class Session:
     holdout: Holdout | None
     online: OnlineProbe | None
     accumulation: int
+    recomputed: int
     state: TrainState
     model: Objective
     engine: Any
@@ -65,7 +68,8 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
     session = build(config, run_dir, world, found, allow_change)
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
-        run_folder.describe(run_dir, config, session.store, session.loader.order, held, world, session.loader.name)
+        order, loader = session.loader.order, session.loader.name
+        run_folder.describe(run_dir, config, session.store, order, held, world, loader, session.recomputed)
     return session
 
 
@@ -78,7 +82,7 @@ def build(
     """
     store = run_folder.open_everywhere(config.data, world)
     reader = Reader(store, config.model.patch_voxels_zyx, config.data.crop_voxels_zyx, config.seed)
-    masked_count(config.mask.fraction, int(np.prod(reader.grid_zyx)))
+    tokens = tokens_of(config, reader.volume_zyx)
     train_rows, held_rows = run_folder.split_rows(store, config)
     order = make_order(store, train_rows, config)
     micro, accumulation = batch_split(config, world.size)
@@ -110,9 +114,12 @@ def build(
     online = OnlineProbe(reader, order.rows, held_rows, config, world) if config.probe.every_steps else None
     if online is not None:
         voice.line(online.sentence)
+    recomputed, said = plan_recompute.at_start(config, tokens, world, store.dtype.itemsize, kernels)
+    if said:
+        voice.line(said)
     model = OBJECTIVES[config.objective](config, reader.volume_zyx)
     initialise(model, torch.Generator().manual_seed(config.seed))
-    engine = deep.start(model, config, world)
+    engine = deep.start(model, config, world, recomputed)
     if isinstance(model, Jepa):
         model.average = deep.follow(engine, model.encoder, model.teacher)
     if found is not None and saved is not None:
@@ -121,9 +128,10 @@ def build(
         voice.line(f"resumed from {found} at step {state.step}{before}")
     loader = loader_class(reader, order, config, world.rank, world.size, micro, world.device)
     holdout = Holdout(reader, held_rows, order.rows, config) if len(held_rows) else None
-    coverage = Coverage(int(np.prod(reader.grid_zyx)))
+    coverage = Coverage(tokens.total)
     return Session(
-        config, run_dir, world, store, loader, holdout, online, accumulation, state, model, engine, voice, coverage
+        config, run_dir, world, store, loader, holdout, online, accumulation, recomputed, state, model, engine, voice,
+        coverage,
     )  # fmt: skip
 
 

@@ -22,9 +22,9 @@ class Encoder(nn.Module):
         coordinates = torch.from_numpy(token_coordinates(grid_zyx))
         self.trunk = Trunk(settings.width, settings.depth, settings.heads, coordinates, settings.position)
 
-    def forward(self, patches_BKP: Tensor, ids_BK: Tensor) -> Tensor:
-        """Normalised patches (B,K,P) at grid ids (B,K) → tokens (B,K,C)."""
-        return self.trunk(self.embed(patches_BKP), ids_BK)
+    def forward(self, patches_BKP: Tensor, ids_BK: Tensor, outputs: int | None = None) -> Tensor:
+        """Normalised patches (B,K,P) at grid ids (B,K) → tokens (B,K,C), or of the last `outputs` patches alone."""
+        return self.trunk(self.embed(patches_BKP), ids_BK, outputs)
 
 
 class Decoder(nn.Module):
@@ -46,5 +46,4 @@ class Decoder(nn.Module):
         seen = self.embed(encoded_BKC)
         hidden = self.mask_token.expand(*masks.masked.shape, -1).to(seen.dtype)
         ids = torch.cat((masks.visible, masks.masked), dim=1)
-        decoded = self.trunk(torch.cat((seen, hidden), dim=1), ids)
-        return self.head(decoded[:, masks.visible.shape[1] :])
+        return self.head(self.trunk(torch.cat((seen, hidden), dim=1), ids, masks.masked.shape[1]))

@@ -121,7 +121,7 @@ def test_the_terms_are_of_the_pooled_context_or_of_all_tokens():
             "regularizer.kind=vcr", f"regularizer.compat={compat}", "mask.shared=true", "regularizer.target_std=2.5"
         )
         masks = masks_for(model, 4)
-        context, target = model.embed(batch, masks.visible), model.target(batch, masks.masked)
+        context, target = model.embed(batch, masks.visible), model.target(batch, masks)
         wanted = vcr(context.mean(1), 2.5) if compat == "native" else vcr_tokens(torch.cat((context, target), 1), 2.5)
         out = model(batch, masks, 0)
         assert out.variance_loss.item() == pytest.approx(wanted.variance.item(), rel=1e-6) and out.variance_loss > 0.99

@@ -27,7 +27,7 @@ ORDER = [
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
         "dali_source", "dali_loader", "layers", "vit", "model_counts", "regularizers", "mae", "teacher", "jepa",
-        "objective", "optim", "zero", "hardware", "plan_states", "plan_memory",
+        "objective", "optim", "zero", "hardware", "plan_states", "plan_memory", "plan_recompute",
         "plan_time", "plan", "plan_text", "engine",
         "checkpoint_files", "encoder_files", "pretrained",
         "nifti_rows", "features", "volume_embedder",

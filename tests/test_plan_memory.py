@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from brainscale import plan_memory, zero
 from brainscale.config import Config
 from brainscale.geometry import Zyx
+from brainscale.layers import recompute_first
 from brainscale.masking import draw_masks
-from brainscale.model_counts import tokens_of
+from brainscale.model_counts import recomputed_or, tokens_of
 from brainscale.plan_states import largest_group
 from brainscale.settings import load
 from brainscale_kernels import spectral_volume
@@ -50,9 +51,7 @@ def test_what_a_forward_pass_keeps(settings, precision):
         Config, None, (*SMALL, *settings, f'train.precision="{precision}"', "data.crop_voxels_zyx=[32,48,32]")
     )
     model, batch, masks = make(config, VOLUME, 2)
-    for module in model.modules():
-        if hasattr(module, "recompute"):
-            module.recompute = config.train.activation_checkpointing
+    recompute_first(model, recomputed_or(config, None))
     tokens = tokens_of(config, VOLUME)
     saved = plan_memory.activations(config, tokens, 2, fused=True)
     units, _ = plan_memory.loss_parts(config, tokens, 2, "reference")
@@ -91,7 +90,7 @@ def watch_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
     """In every rank: the third step as `pretrain` takes it, its most live bytes against the plan's at each moment."""
     from brainscale import distributed, nonfinite, session
 
-    zero.BUCKET_ELEMENTS = BUCKET_ELEMENTS
+    zero.BUCKET_RANGE = (BUCKET_ELEMENTS, BUCKET_ELEMENTS)
     world = distributed.find()
     distributed.start(world)
     config = load(Config, config_path, overrides)
