@@ -23,7 +23,11 @@ setup(
     classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"brainscale": ["*.html", "*.md.j2"], "brainscale_slurm": ["*.sh", "Dockerfile", "apptainer.def"]},
+    package_data={
+        "brainscale": ["*.html", "*.md.j2"],
+        "brainscale.bench": ["*.json"],
+        "brainscale_slurm": ["*.sh", "Dockerfile", "apptainer.def"],
+    },
     entry_points={"console_scripts": ["brainscale = brainscale.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -4,9 +4,16 @@ from pathlib import Path
 
 from cyclopts import App
 
+from brainscale import cli_bench_lines
+from brainscale.settings import InputError
+
 bench = App(
     name="bench",
     help="""Measurements against what you would pick instead; JSON lines with machine and commit.
+
+Example: brainscale bench all --quick --json before.jsonl
+
+Example: brainscale bench compare before.jsonl after.jsonl
 
 Example: brainscale bench convert data/bids --json results.jsonl
 
@@ -16,9 +23,32 @@ Example: brainscale bench loader stores/brains --json results.jsonl
 
 Example: brainscale bench checkpoint --folder /scratch --json results.jsonl
 
-Example: brainscale bench kernels --json results.jsonl""",
+Example: brainscale bench kernels --json results.jsonl
+
+Example: brainscale bench scaling --json results.jsonl""",
     help_format="markdown",
 )
+
+
+bench.command(cli_bench_lines.everything, name="all")
+bench.command(cli_bench_lines.compare)
+bench.command(cli_bench_lines.markdown)
+bench.command(cli_bench_lines.schema)
+
+
+@bench.default
+def bench_alone(*, markdown: bool = False) -> None:
+    """Say what can be measured.
+
+    Parameters
+    ----------
+    markdown
+        Print the README's table, as `brainscale bench markdown` does.
+    """
+    if markdown:
+        cli_bench_lines.markdown()
+    else:
+        bench.help_print()
 
 
 @bench.command
@@ -40,8 +70,9 @@ def convert(*sources: Path, quick: bool = False, json: Path | None = None) -> No
         File that the lines are appended to.
     """
     from brainscale.bench import convert as bench_convert
-    from brainscale.bench.record import write
+    from brainscale.bench.record import announce, write
 
+    announce("convert")
     write(bench_convert.run(sources, quick), json)
 
 
@@ -65,8 +96,9 @@ def read(
         File that the lines are appended to.
     """
     from brainscale.bench import read as bench_read
-    from brainscale.bench.record import write
+    from brainscale.bench.record import announce, write
 
+    announce("read")
     write(bench_read.run(store, source, quick), json)
 
 
@@ -103,8 +135,9 @@ def loader(
         File that the lines are appended to.
     """
     from brainscale.bench import loader as bench_loader
-    from brainscale.bench.record import write
+    from brainscale.bench.record import announce, write
 
+    announce("loader")
     write(bench_loader.run(store, folder, batch, quick), json)
 
 
@@ -139,8 +172,9 @@ def checkpoint(
         File that the lines are appended to.
     """
     from brainscale.bench import checkpoint as bench_checkpoint
-    from brainscale.bench.record import write
+    from brainscale.bench.record import announce, write
 
+    announce("checkpoint")
     write(bench_checkpoint.run(overrides, config, folder, quick), json)
 
 
@@ -166,6 +200,57 @@ def kernels(*, batch: int = 8, count: bool = False, quick: bool = False, json: P
         File that the lines are appended to.
     """
     from brainscale.bench import kernels as bench_kernels
-    from brainscale.bench.record import write
+    from brainscale.bench.record import announce, write
 
+    announce("kernels")
     write(bench_kernels.run(quick, batch, count), json)
+
+
+@bench.command
+def scaling(
+    *overrides: str,
+    config: Path | None = None,
+    ranks: str = "",
+    stages: str = "",
+    quick: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Time steps on 1 to n ranks of this host, weak and strong, by ZeRO stage, and count what they send, beside what
+    `brainscale plan` predicts.
+
+    Without a GPU over gloo, one thread a rank: bytes, collectives and what communication costs, not what a cluster
+    reaches. Needs no torchrun: it starts its own processes.
+
+    Example: brainscale bench scaling --json results.jsonl
+
+    Example: brainscale bench scaling --config configs/mae_vit_b.toml --ranks 1,2,4,8 train.global_batch_volumes=64
+
+    Parameters
+    ----------
+    overrides
+        Settings as key=value; train.global_batch_volumes is the batch of one rank (weak) and of all (strong). Without
+        data.store, a store of synthetic brains at 2 mm is made.
+    config
+        Settings of the run that is measured (TOML). None: ViT-B on GPUs, a small model on a CPU.
+    ranks
+        Numbers of ranks, such as 1,2,4. None: 1, 2, 4 (and 8 GPUs), as far as each has a core or a GPU of its own.
+    stages
+        ZeRO stages, such as 1,3. None: 1, 2 and 3; quick: 1.
+    quick
+        A small model, ZeRO 1 and few rounds.
+    json
+        File that the lines are appended to.
+    """
+    from brainscale.bench import scaling as bench_scaling
+    from brainscale.bench.record import announce, write
+
+    announce("scaling")
+    write(bench_scaling.run(overrides, quick, config, _numbers("ranks", ranks), _numbers("stages", stages)), json)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them. Raises InputError for anything else."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if bad := [part for part in parts if not part.isdecimal()]:
+        raise InputError(f"--{option} {text}: {bad[0]!r} is no whole number; give numbers with commas, such as 1,2,4")
+    return tuple(map(int, parts))

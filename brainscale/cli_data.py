@@ -158,7 +158,7 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def share(text: str | None) -> float | None:
+def share(text: str | None, option: str = "--max-refused") -> float | None:
     """A share of 0..1 from "5%" or "0.05"."""
     if text is None:
         return None
@@ -167,7 +167,7 @@ def share(text: str | None) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise InputError(f"--max-refused {text!r} is no share; give e.g. 5% or 0.05")
+        raise InputError(f"{option} {text!r} is no share; give e.g. 5% or 0.05")
     return value
 
 

@@ -26,8 +26,8 @@ ORDER = [
     )),
     *(f"brainscale.{name}" for name in (
         "sampling", "samplers", "augment", "reader", "stream", "masking", "ops", "feed", "workers", "loader",
-        "dali_source", "dali_loader", "layers", "vit", "model_counts", "regularizers", "mae", "teacher", "jepa",
-        "objective", "optim", "zero", "hardware", "plan_states", "plan_memory", "plan_recompute",
+        "dali_source", "dali_loader", "layers", "vit", "model_counts", "attention", "regularizers", "mae", "teacher",
+        "jepa", "objective", "optim", "zero", "hardware", "plan_states", "plan_memory", "plan_recompute",
         "plan_time", "plan", "plan_text", "engine",
         "checkpoint_files", "encoder_files", "pretrained",
         "nifti_rows", "features", "volume_embedder",
@@ -50,7 +50,7 @@ ORDER = [
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
         "cli_phantom",
-        "cli_data", "cli_embed", "cli_export", "cli_bench", "cli_runs", "cli_splits", "cli_evaluate",
+        "cli_data", "cli_embed", "cli_export", "cli_bench_lines", "cli_bench", "cli_runs", "cli_splits", "cli_evaluate",
         "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
@@ -115,6 +115,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_embed",
         "brainscale.cli_export",
         "brainscale.cli_bench",
+        "brainscale.cli_bench_lines",
         "brainscale.cli_runs",
         "brainscale.cli_plan",
         "brainscale.cli_slurm",
