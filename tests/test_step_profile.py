@@ -1,11 +1,10 @@
-"""What a step consists of: shares of made-up times, of real profiles, and in runs whose results do not change."""
+"""What a step consists of: shares of made-up times and of real profiles. Runs are in test_profiling.py."""
 
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import losses
 from processes import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
@@ -144,21 +143,6 @@ def test_another_profiler_goes_on_and_the_sample_is_left_out():
             torch.randn(20, 20) @ torch.randn(20, 20)
     assert found == {} and len(said) == 1 and "another profiler" in said[0]
     assert any(event.key == "aten::mm" for event in theirs.key_averages())
-
-
-def test_sampling_changes_no_bit_of_a_run(tiny_store, tiny_config, tmp_path):
-    for name, every in (("sampled", 7), ("not", 0)):
-        arguments = (f"data.store={tiny_store}", f"run.dir={tmp_path / name}", f"log.profile_every_steps={every}")
-        rank = run_ranks("pretrain", tiny_config, *arguments, "checkpoint.every_steps=40", logs=tmp_path / "logs")[0]
-        assert "profiler" not in rank.text and "USDT" not in rank.text, rank.text
-    assert losses(tmp_path / "sampled") == losses(tmp_path / "not") and len(losses(tmp_path / "not")) == 40
-    lines = metrics.read(tmp_path / "sampled" / "metrics.jsonl")
-    profiles = {step: line["profile"] for step, line in lines.items() if "profile" in line}
-    assert list(profiles) == [20, 21, 28, 35]
-    for found in profiles.values():
-        assert tuple(found) == KINDS and sum(found.values()) == pytest.approx(1) and found["compute"] > 0
-    assert lines[20]["other_s"] > 0
-    assert not any("profile" in line for line in metrics.read(tmp_path / "not" / "metrics.jsonl").values())
 
 
 @pytest.mark.slow
