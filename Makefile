@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-full check format clean
+.PHONY: demo test test-full check docs format clean
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,13 @@ test: check
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-full: check
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,dali,peers,viewers,trackers]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs,dali,peers,viewers,trackers]'
 	BRAINSCALE_TEST_FULL=1 $(BIN)/pytest -m "slow or not slow" --durations 20
+
+# The pages of docs/, every warning an error → docs/_build/html. Needs a network the first time only.
+docs: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -62,6 +62,7 @@ setup(
         "peers": ["monai>=1.5.2", "torchio>=1.0", "SimpleITK>=2.4", "nifti-zarr>=1.0.0rc8"],
         "trackers": ["wandb>=0.19", "mlflow-skinny>=3,<4", "sqlalchemy>=2,<3", "alembic>=1.13"],
         "viewers": ["napari-ome-zarr>=0.10"],
+        "docs": ["sphinx>=8.2", "myst-parser>=4", "furo>=2025.7"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
