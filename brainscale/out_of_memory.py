@@ -25,7 +25,7 @@ from brainscale.phases import phase_of
 from brainscale.plan_memory import GIB
 from brainscale.run_folder import device_name
 from brainscale.settings import InputError, set_override
-from brainscale.zero import batch_split
+from brainscale.zero import batch_split, zero_stage
 
 HISTORY_STEPS = 10
 """Steps of a process in which allocations are noted."""
@@ -166,13 +166,13 @@ def changes(config: Config, world: World, volume_zyx: Zyx | None, usage: Usage, 
             found.append(Change(f"set PYTORCH_CUDA_ALLOC_CONF={EXPANDABLE} in the environment", None))
     if not on_gpu and phase == "data":
         found.append(Change(f"lower data.prefetch_mb (now {config.data.prefetch_mb}) or data.workers", None))
-    micro, _ = batch_split(config, world.size)
+    micro, accumulation = batch_split(config, world.size)
     share = config.train.global_batch_volumes // world.size
     smaller = [m for m in range(micro // 2, 0, -1) if share % m == 0]
     lists = [
         ["train.activation_checkpointing=true"] if begun and config.train.activation_checkpointing is not True else [],
         [f"train.micro_batch_volumes={m}" for m in smaller] if begun else [],
-        [f"zero.stage={stage}" for stage in range(config.zero.stage + 1, 4)] if world.size > 1 else [],
+        [f"zero.stage={stage}" for stage in range(zero_stage(config, accumulation) + 1, 4)] if world.size > 1 else [],
         ["zero.offload_optimizer=true"] if on_gpu and not config.zero.offload_optimizer else [],
     ]
     allowed = [[(one, made) for one in each if (made := _changed(config, one))] for each in lists]
