@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from brainscale.config import Config
 from brainscale.hardware import Gpu, Network
-from brainscale.model_counts import Tokens, decoder_of, executed_flops, model_flops, teacher_sizes, trained_sizes
+from brainscale.model_counts import Tokens, executed_flops, model_flops, teacher_sizes, trained_sizes
 from brainscale.plan_states import element_bytes
 from brainscale.settings import InputError
 from brainscale.zero import batch_split, collective_bytes, deepspeed_config, vector_elements
@@ -124,19 +124,38 @@ def sent_bytes(config: Config, ranks: int) -> dict[str, float]:
         for sizes in (trained_sizes(config), teacher_sizes(config))
     )
     accumulation, bf16 = batch_split(config, ranks)[1], config.train.precision == "bf16"
-    return collective_bytes(*trained, ranks, stage, accumulation, bf16, teacher)
+    return collective_bytes(*trained, ranks, stage, accumulation, bf16, teacher, sum(kept_matrices(config)))
+
+
+def matrices(config: Config, sizes: list[int]) -> list[int]:
+    """Those of the tensors that stage 3 shards."""
+    return [size for size in sizes if size >= vector_elements(config)]
+
+
+def kept_matrices(config: Config) -> list[int]:
+    """Which stage 3 has at hand when the backward pass begins: the last of the forward pass, as many as fit into what
+    it may keep alive (`zero.deepspeed_config`: an encoder block)."""
+    kept: list[int] = []
+    for size in reversed(matrices(config, trained_sizes(config))):
+        if sum(kept) + size > 12 * config.model.width**2:
+            break
+        kept.append(size)
+    return kept
 
 
 def message_count(config: Config, ranks: int) -> dict[str, float]:
-    """Collectives per step: a bucket's parts by owner, and whole groups of parameters (optim.py: matrices, vectors; of a
-    JEPA those of encoder, predictor and teacher); at stage 3 a block each time it is used."""
+    """Collectives per step, but for flags and norms: a bucket's parts by owner, and whole groups of parameters
+    (optim.py: matrices, vectors; of a JEPA those of encoder, predictor and teacher). At stage 3 every matrix each time
+    it is used, which is the most, since small ones in a row may go together, and after the step every vector."""
     zero, accumulation = deepspeed_config(config, ranks)["zero_optimization"], batch_split(config, ranks)[1]
     stage, trained = zero["stage"], sum(trained_sizes(config))
     if stage == 3:
-        blocks = config.model.depth + decoder_of(config).depth
-        teacher = config.model.depth if config.objective == "jepa" else 0
+        all_of_it = trained_sizes(config), teacher_sizes(config)
+        own, teacher = (len(matrices(config, sizes)) for sizes in all_of_it)
+        vectors = sum(map(len, all_of_it)) - own - teacher
+        used = 2 * own - len(kept_matrices(config)) + teacher
         reductions = accumulation * math.ceil(trained / zero["reduce_bucket_size"])
-        return {"gradients": reductions, "weights": accumulation * (2 * blocks + teacher)}
+        return {"gradients": reductions, "weights": accumulation * used + vectors}
     buckets = math.ceil(trained / zero.get("reduce_bucket_size", trained))
     reductions = accumulation if stage == 2 else 1
     groups = 6 if config.objective == "jepa" else 2

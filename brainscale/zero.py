@@ -95,14 +95,16 @@ def collective_bytes(
     accumulation: int,
     bf16: bool,
     teacher: tuple[int, int] = (0, 0),
+    kept: int = 0,
 ) -> dict[str, float]:
     """Bytes that one rank sends per optimizer step, by kind, for `parameters` trained elements, `vectors` of which are
-    in tensors too small to be sharded; teacher: the same two numbers of a JEPA's teacher. Pure.
+    in tensors too small to be sharded; teacher: the same two numbers of a JEPA's teacher; kept: elements that stage 3
+    need not gather again for the backward pass. Pure.
 
     Source: notes of ZeRO (arXiv 1910.02054, §7) with rings: reducing and gathering n·b bytes each cost n·b·(W−1)/W.
     Gradients travel in fp32. Stage 0 all-reduces (twice the bytes of reducing); stages 1 and 2 reduce to owners and
-    gather updated weights; stage 3 gathers weights for every forward and backward pass (and vectors once), but for the
-    block that it keeps between the two. Stages 2 and 3 reduce after every micro-batch. A teacher has no gradient and no
+    gather updated weights; stage 3 gathers weights for every forward and backward pass (and vectors once), but for what
+    it keeps between the two. Stages 2 and 3 reduce after every micro-batch. A teacher has no gradient and no
     backward pass: stages 1 and 2 gather it after every step, stage 3 for every forward pass.
     """
     share, width = (world_size - 1) / world_size, 2 if bf16 else 4
@@ -110,5 +112,6 @@ def collective_bytes(
     gathers = 2 * accumulation if stage == 3 else min(stage, 1)
     gradients = 4 * parameters * reductions * (2 if stage == 0 else 1)
     gathered = gathers * (parameters - vectors) + min(stage, 1) * vectors
+    gathered -= accumulation * kept if stage == 3 else 0
     gathered += (accumulation if stage == 3 else min(stage, 1)) * (teacher[0] - teacher[1]) + min(stage, 1) * teacher[1]
     return {"gradients": gradients * share, "weights": width * gathered * share}

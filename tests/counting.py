@@ -12,35 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from brainscale.bench.scaling_sent import Counted as Counted
 from brainscale.config import Config
 from brainscale.geometry import Zyx
 from brainscale.loader import Batch
 from brainscale.masking import Masks, draw_masks
 from brainscale.objective import OBJECTIVES, Objective
-
-SMALL_BYTES = 64
-"""Of a flag or a norm."""
-
-
-class Counted(TorchDispatchMode):
-    """Bytes that a rank of a ring sends: n·(W−1)/W to reduce or gather n bytes, twice that to do both. calls: how many
-    collectives carry more than SMALL_BYTES."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__()
-        self.share, self.sent, self.operations = (world_size - 1) / world_size, Counter[str](), Counter[str]()
-        self.calls = Counter[str]()
-        self.factor = {"allreduce_": 2.0, "reduce_": 1.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": world_size}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            name = function._opname
-            size = sum(t.numel() * t.element_size() for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
-            kind = "weights" if name == "_allgather_base_" else "gradients"
-            self.sent[kind] += self.factor[name] * size * self.share
-            self.operations[name] += size
-            self.calls[kind] += size > SMALL_BYTES
-        return function(*args, **(kwargs or {}))
 
 
 def make(config: Config, volume_zyx: Zyx, volumes: int, device: str = "cpu") -> tuple[Objective, Batch, Masks]:

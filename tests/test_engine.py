@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import Counted
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import finish, start_function
 
 from brainscale import zero
+from brainscale.bench.scaling_sent import Counted
 from brainscale.config import Config
 from brainscale.model_counts import trained_sizes
 from brainscale.plan_time import message_count
