@@ -76,10 +76,10 @@ def encoder_sizes(settings: ModelSettings) -> list[int]:
 
 
 def decoder_sizes(encoder_width: int, decoder: Decoder) -> list[int]:
-    """Of a decoder: embedding, mask token, blocks, final norm, head."""
+    """Of a decoder, as they are used: embedding, mask token, blocks, final norm, head."""
     width = decoder.width
-    ends = [encoder_width * width, width, width, width, width, width * decoder.outputs, decoder.outputs]
-    return ends + block_sizes(width) * decoder.depth
+    ends = [width, width, width * decoder.outputs, decoder.outputs]
+    return [encoder_width * width, width, width, *(block_sizes(width) * decoder.depth), *ends]
 
 
 def trained_sizes(config: Config) -> list[int]:
@@ -162,15 +162,16 @@ def teacher_flops(config: Config, tokens: Tokens) -> int:
 
 
 def model_flops(config: Config, tokens: Tokens) -> int:
-    """FLOPs of one sample as MFU counts them: 3 × forward of what is trained, 1 × the teacher's forward. Nothing that
-    is computed twice counts twice. Source: PaLM (arXiv 2204.02311, appendix B)."""
-    return 3 * student_flops(config, tokens) + teacher_flops(config, tokens)
+    """FLOPs of one sample as MFU counts them: 3 × forward of what is trained, less the gradient to the patches, which
+    nobody wants (2·n·P·d), and 1 × the teacher's forward. Nothing that is computed twice counts twice. Source: PaLM
+    (arXiv 2204.02311, appendix B)."""
+    unwanted = embedding_flops(config.model, tokens.visible)
+    return 3 * student_flops(config, tokens) - unwanted + teacher_flops(config, tokens)
 
 
 def executed_flops(config: Config, tokens: Tokens, fused_attention: bool = True, recomputed: int | None = None) -> int:
     """FLOPs of one sample that a GPU does: `model_flops` and
 
-    - less the gradient to the patches, which nobody wants: 2·n·P·d once;
     - with fused attention (FlashAttention, memory-efficient), scores made again in the backward pass: 2·n·m·d per block
       (arXiv 2205.14135, §3);
     - of blocks that are computed again (`recomputed_or`), the forward pass up to the last matrix: less 8·m·d²;
@@ -180,7 +181,6 @@ def executed_flops(config: Config, tokens: Tokens, fused_attention: bool = True,
     memory (`plan_time`).
     """
     flops, shapes = model_flops(config, tokens), block_shapes(config, tokens)
-    flops -= embedding_flops(config.model, tokens.visible)
     if fused_attention:
         flops += sum(2 * shape.tokens * shape.outputs * shape.width for shape in shapes)
     again = shapes[: recomputed_or(config, recomputed)]
