@@ -82,6 +82,7 @@ def write(run_dir: Path) -> Path:
         losses=loss_charts(run.metrics, run.config.objective),
         spectra=spectrum_charts(evaluations, run.config),
         speed=speed_charts(run.metrics),
+        profiles=[path.read_text(encoding="utf-8") for path in sorted((run_dir / "profile").glob("steps-*.txt"))],
         diagnosis=diagnose(run.metrics, run.config, run.about, run.ending),
     )
     return put(page, run_dir / "report.html")

@@ -226,6 +226,7 @@ def of_host(config: Config, about: dict[str, Any]) -> str:
         todo.append("set zero.offload_optimizer = false if memory allows")
     todo.append(f"raise train.micro_batch_volumes (now {config.train.micro_batch_volumes}): more work per launch")
     todo.append(f"log less often (log.every_steps is {config.log.every_steps}) and to fewer log.trackers")
+    todo.append('train.profile = "steps A-B" shows the phase in which it idles')
     return "the GPU idles while Python is behind: " + "; ".join(todo)
 
 

@@ -98,6 +98,8 @@ def finished(tmp_path_factory):
     (folder / "reconstruction.json").write_text(json.dumps(record))
     exit_record = {"code": 0, "sentence": "done", "utc": "2026-01-01T10:05:00+00:00"}
     (folder / "exit.json").write_text(json.dumps(exit_record))
+    (folder / "profile").mkdir()
+    (folder / "profile" / "steps-000007-000009.txt").write_text("steps 7 to 9, 5.00 ms each, of rank <0>\n\nphase …\n")
     report.write(folder)
     return folder
 
@@ -105,6 +107,10 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(finished):
     return (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_profile_is_shown(page):
+    assert "<summary>Profile: steps 7 to 9 by phase</summary><pre>steps 7 to 9, 5.00 ms each, of rank &lt;0&gt;" in page
 
 
 def test_a_page_that_may_show_faces_says_so(page, finished, tmp_path):

@@ -82,7 +82,7 @@ def test_a_run_that_waits_for_data():
         "`brainscale bench loader` shows which stage is slow\n"
         "launching, 10% of the time: the GPU idles while Python is behind: set train.compile = true; raise "
         "train.micro_batch_volumes (now 32): more work per launch; log less often (log.every_steps is 10) and to fewer "
-        "log.trackers\n"
+        'log.trackers; train.profile = "steps A-B" shows the phase in which it idles\n'
         "\n"
         "step 1,000 of 10,000; 2.5 hours left at this rate\n"
         "no end recorded: still running, or killed"
