@@ -142,11 +142,15 @@ class Train(Model):
     micro_batch_volumes: int = Field(default=32, gt=0)
     """Volumes per forward pass of one rank, at most; lowered to what one rank's share allows."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: fp32 master weights, fp32 accumulation and reduction of gradients, no loss scaling."""
+    """bf16: fp32 master weights, fp32 accumulation and reduction of gradients, no loss scaling. fp32: all of fp32, on a
+    GPU without tensor cores (TF32 is left off, as torch has it), for comparisons."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    compile: bool = False
-    """torch.compile of every block (ZeRO stages 0 to 2)."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of every block in training steps (ZeRO stages 0 to 2). auto: wherever it can be, on a GPU."""
+    attention: Literal["auto", "cudnn", "flash", "flash3", "flash4", "efficient", "math"] = "auto"
+    """The kernel of attention, all others being off. auto: on a GPU the fastest for the run's shapes, measured at the
+    start and kept; on a CPU torch's own choice (`attention.py`)."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Keep only the inputs of blocks and compute them again in the backward pass: less memory, up to a third more work,
     the same results. auto: of as few blocks as the GPU's memory asks for, by prediction; none on a CPU."""
@@ -256,7 +260,7 @@ class Config(Model):
                 "train.precision bf16 with zero.stage 0 is another optimizer in DeepSpeed, which counts one step too "
                 'many; set zero.stage = 1, or train.precision = "fp32"'
             )
-        if self.train.compile and self.zero.stage == 3:
+        if self.train.compile is True and self.zero.stage == 3:
             raise ValueError("train.compile works with zero.stage 0 to 2; set another stage or train.compile = false")
         if self.zero.offload_optimizer and self.zero.stage == 0:
             raise ValueError("zero.offload_optimizer needs sharded states; set zero.stage to 1, 2 or 3")
@@ -273,8 +277,8 @@ class Config(Model):
 
 MAY_CHANGE_ON_RESUME = (
     "train.num_steps", "train.profile", "train.stop_after_min", "train.activation_checkpointing",
-    "train.micro_batch_volumes", "log", "checkpoint", "health", "probe", "data.store", "data.loader", "data.workers",
-    "data.prefetch_mb", "data.timeout_s", "zero", "kernels", "run",
+    "train.compile", "train.attention", "train.micro_batch_volumes", "log", "checkpoint", "health", "probe",
+    "data.store", "data.loader", "data.workers", "data.prefetch_mb", "data.timeout_s", "zero", "kernels", "run",
 )  # fmt: skip
 """Keys (or groups) that a resumed run may set to another value without `--allow-change`. A store may move: what is
 compared are the hashes of its plan and scans."""

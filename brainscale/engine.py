@@ -17,6 +17,17 @@ Bound to DeepSpeed 0.19.8 (setup.py pins it). What it forces on us:
 - an optimizer on the CPU compiles an operator for a minute unless torch's AdamW is permitted; so does, on a CPU, the
   start of communication (gloo does that work here).
 - per-block torch.compile is for stages 0 to 2: stage 3's gathering hooks break its graphs (pytorch issue 115484).
+  There a block is one graph, or an error (`fullgraph`), of fixed shapes, of which a run has five at most; evaluations,
+  whose batches have other sizes, run uncompiled, so that nothing is compiled after the first step.
+- CUDA graphs of blocks (`mode="reduce-overhead"`) are not used, and whether they would pay was not measured: stages 1
+  and 2 hang hooks on parameters that copy gradients into buckets and reduce these on a stream of their own while the
+  backward pass goes on, from which memory that a graph replays into must be kept; gradients become None after every
+  step; and norm, finite check and learning rate are read or written by the host in every step, so a step could not be
+  one graph. What they save, launches, a larger micro-batch hides too.
+- a step waits for the host's reading of the finite check and the norm (tests/test_step.py lists where); at stage 0
+  `GuardedAdamW` reads the one in DeepSpeed's place. Nothing else of ours is read in a step that is not logged.
+- stages 1 to 3 hand AdamW a rank's part of each group as one flat tensor, so that the fused kernel of torch is a launch
+  for every group (stage 3: for every sub-group of 1e9 elements), not for every parameter.
 - its own `latest` may be published before other ranks have finished writing (engine.py, `save_checkpoint`: the barrier
   comes last), and its files carry no hashes: checkpoints are ours.
 - stages 1 and 2 with offload keep the gradients of a step that was left out, which spoils all later ones when they are
@@ -53,9 +64,9 @@ from brainscale.zero import deepspeed_config
 
 warnings.filterwarnings("ignore", "`torch.distributed.[a-z_]+` is deprecated", FutureWarning)
 
-MAX_COMPILED_FORMS = 64
-"""Of a block, when it is compiled: in student, teacher and predictor, training and evaluation, for other batches. At
-torch's own limit of 8 it would run the next one uncompiled."""
+MAX_COMPILED_FORMS = 16
+"""Of a block: a run has five at most, those of encoder, predictor and its last block, teacher and its last block. One
+more than this is an error."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per parameter."""
 
@@ -68,11 +79,9 @@ def start(model: nn.Module, config: Config, world: World, recomputed: int = 0) -
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     model = model.to(world.device)
-    torch._dynamo.config.recompile_limit = MAX_COMPILED_FORMS
     recompute_first(model, recomputed)
-    for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
-        for block in trunk.blocks if config.train.compile else ():
-            block.compile()
+    if compiles(config, world):
+        compile_blocks(model)
     settings = deepspeed_config(config, world.size)
     optimizer = make_optimizer(model, config, settings["zero_optimization"]["stage"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
@@ -80,13 +89,28 @@ def start(model: nn.Module, config: Config, world: World, recomputed: int = 0) -
     return engine
 
 
+def compiles(config: Config, world: World) -> bool:
+    """What `train.compile` means here."""
+    if config.train.compile == "auto":
+        return world.device.type == "cuda" and config.zero.stage < 3
+    return config.train.compile
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block of a model, at its first call in a training pass."""
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_FORMS
+    for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
+        trunk.compiled = True
+        for block in trunk.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+
 def make_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
     """AdamW's moments as zeros and its step count 0, for every group, linked to the parameters they belong to."""
     optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else owned:
-        place = parameter.device if optimizer.defaults["fused"] else "cpu"
-        count = torch.zeros((), dtype=torch.float32, device=place)
+        count = torch.zeros((), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": count, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()

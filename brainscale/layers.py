@@ -85,7 +85,7 @@ class Trunk(nn.Module):
     """A stack of blocks over tokens at known grid positions, with a final norm.
 
     recompute: of how many blocks, from the first on, a training pass keeps the input alone and computes the others
-    again in the backward pass.
+    again in the backward pass. compiled: blocks are compiled, and run as they are in evaluations alone.
     """
 
     coordinates: Tensor
@@ -101,6 +101,7 @@ class Trunk(nn.Module):
             self.register_buffer("fixed", sincos_positions(coordinates, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.recompute = 0
+        self.compiled = False
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BKC: Tensor, ids_BK: Tensor, outputs: int | None = None) -> Tensor:
@@ -117,7 +118,7 @@ class Trunk(nn.Module):
             if number < self.recompute and self.training and torch.is_grad_enabled():
                 x_BKC = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BKC = block(*given)
+                x_BKC = block.forward(*given) if self.compiled and not self.training else block(*given)
         return self.norm(x_BKC)
 
 

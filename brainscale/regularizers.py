@@ -103,7 +103,8 @@ def sigreg(pooled_BC: Tensor, settings: Regularizer, seed: int, step: int) -> Te
     with torch.autocast(pooled_BC.device.type, enabled=False):
         x_BC = _at_least_float32(pooled_BC)
         n = _volumes(x_BC)
-        directions_SC = directions(x_BC.shape[1], settings.slices, seed, step, x_BC.dtype).to(x_BC.device)
+        directions_SC = directions(x_BC.shape[1], settings.slices, seed, step, x_BC.dtype)
+        directions_SC = directions_SC.to(x_BC.device, non_blocking=True)  # else the host waits for the GPU
         t_K = torch.linspace(0, 3, settings.knots, dtype=x_BC.dtype, device=x_BC.device)
         normal_K = (-t_K.square() / 2).exp()
         angle_BSK = (x_BC @ directions_SC.T)[..., None] * t_K

@@ -220,7 +220,7 @@ def of_communication(config: Config, about: dict[str, Any]) -> str:
 def of_host(config: Config, about: dict[str, Any]) -> str:
     """What to do about a GPU that idles while Python is behind."""
     todo = []
-    if not config.train.compile and config.zero.stage < 3:
+    if config.train.compile is False and config.zero.stage < 3:
         todo.append("set train.compile = true")
     if config.zero.offload_optimizer:
         todo.append("set zero.offload_optimizer = false if memory allows")

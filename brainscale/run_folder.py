@@ -156,10 +156,10 @@ def completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 def describe(
     run_dir: Path, config: Config, store: Stores, order: Order, held_rows: np.ndarray, world: World, loader: str,
-    recomputed: int,
+    recomputed: int, attention: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write config.toml and run.json. loader: which of the loaders feeds the run; recomputed: of how many blocks
-    activations are computed again."""
+    activations are computed again; attention: which kernel and why (`attention.Choice`)."""
     weights = [entry.weight for entry in config.data.stores] or [1.0]
     trained, held = (np.bincount(store.number(rows), minlength=len(weights)) for rows in (order.rows, held_rows))
     write_text(run_dir / "config.toml", to_toml(config))
@@ -172,6 +172,7 @@ def describe(
         "launcher": world.launcher,
         "loader": loader,
         "recomputed_blocks": recomputed,
+        "attention": attention,
         "store": {
             "path": ", ".join(store_paths(config.data)),
             "plan": store.plan.model_dump(mode="json"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainscale import checkpoint, metrics, nonfinite, plan_recompute, provenance, run_folder, trackers
+from brainscale import attention, checkpoint, metrics, nonfinite, plan_recompute, provenance, run_folder, trackers
 from brainscale import engine as deep
 from brainscale.checkpoint_files import TrainState, read_state, step_of
 from brainscale.config import Config
@@ -32,7 +32,7 @@ from brainscale.zero import batch_split, zero_stage
 @dataclass
 class Session:
     """A run that is ready to step; `state` says where. A step is `accumulation` micro-batches of every rank.
-    recomputed: of how many blocks activations are computed again."""
+    recomputed: of how many blocks activations are computed again; attention: what was chosen (`attention.Choice`)."""
 
     config: Config
     run_dir: Path
@@ -43,6 +43,7 @@ class Session:
     online: OnlineProbe | None
     accumulation: int
     recomputed: int
+    attention: dict[str, Any]
     state: TrainState
     model: Objective
     engine: Any
@@ -69,7 +70,8 @@ def prepare(config: Config, run_dir: Path, world: World, allow_change: tuple[str
     if session is not None and world.is_first:
         held = session.holdout.rows if session.holdout is not None else np.array([], dtype=int)
         order, loader = session.loader.order, session.loader.name
-        run_folder.describe(run_dir, config, session.store, order, held, world, loader, session.recomputed)
+        computed = session.recomputed, session.attention
+        run_folder.describe(run_dir, config, session.store, order, held, world, loader, *computed)
     return session
 
 
@@ -106,7 +108,15 @@ def build(
     if config.spectral.weight:
         refuse(config.kernels, world.device, config.spectral.scope, config.model.patch_voxels_zyx)
     loader_class, why = choose_loader(config.data.loader, world.device)
-    voice.line(f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}; loader: {why}")
+    compiled = "blocks" if deep.compiles(config, world) else "off"
+    voice.line(
+        f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}; loader: {why}; "
+        f"compile: {compiled}"
+    )
+    chosen = attention.decide(config, tokens, micro, world, run_dir)
+    voice.line(chosen.sentence)
+    if world.device.type == "cuda" and (warning := attention.head_width_warning(config)):
+        voice.line(f"WARNING: {warning}")
     if any(c > v for c, v in zip(reader.volume_zyx, store.volume_zyx)):
         voice.line(f"crops of {reader.volume_zyx} of volumes of {store.volume_zyx} voxels (z, y, x): padded")
     if state.zero_stage != config.zero.stage:
@@ -130,8 +140,8 @@ def build(
     holdout = Holdout(reader, held_rows, order.rows, config) if len(held_rows) else None
     coverage = Coverage(tokens.total)
     return Session(
-        config, run_dir, world, store, loader, holdout, online, accumulation, recomputed, state, model, engine, voice,
-        coverage,
+        config, run_dir, world, store, loader, holdout, online, accumulation, recomputed, chosen.record, state, model,
+        engine, voice, coverage,
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def of(folder: Path) -> Diagnosis:
 
 def test_a_run_that_waits_for_data():
     lines = run({"data": 0.5, "compute": 0.4, "host": 0.1}, data_s=0.5)
-    assert said(lines, GPU, "data.workers=4") == (
+    assert said(lines, GPU, "data.workers=4", "train.compile=false") == (
         "runs/a: waits for data most, 50% of the time\n"
         "steps 501 to 1,000; what a step consists of was sampled at step 1,000\n"
         "\n"
