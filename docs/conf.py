@@ -11,6 +11,8 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 nitpicky = True
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_copyright = html_show_sourcelink = html_copy_source = False
 html_theme_options = {"top_of_page_buttons": []}
 

@@ -57,9 +57,9 @@ class Block(NamedTuple):
 
 def pages() -> list[str]:
     """The names in the index's table of contents, in order, the index first."""
-    toctree = re.search(r"```\{toctree\}\n(?::.*\n)*\n?((?:[\w-]+\n)+)```", (DOCS / "index.md").read_text())
+    toctree = re.search(r"```\{toctree\}\n(?::.*\n)*\n?((?:.+\n)+)```", (DOCS / "index.md").read_text(encoding="utf-8"))
     assert toctree, "docs/index.md has no table of contents"
-    return ["index", *toctree[1].split()]
+    return ["index", *re.findall(r"(?:<|^)([\w-]+)>?$", toctree[1], re.M)]
 
 
 def blocks(page: str) -> list[Block]:
