@@ -259,19 +259,27 @@ def _compile(
     work: Work, forward: Callable[[Inputs], Tensor], inputs: Inputs, traffic: Traffic
 ) -> Callable[[Inputs], Tensor]:
     """Compile a form anew; bytes and launches of the kernels that are generated are added, not those of operators."""
+    compiled: Callable[[Inputs], Tensor] = torch.compile(forward, dynamic=False, fullgraph=True)
+    with generated(traffic):
+        work.gradient(compiled(inputs), inputs)
+    return compiled
+
+
+@contextmanager
+def generated(traffic: Traffic) -> Iterator[None]:
+    """Within, where something is compiled anew and run for the first time: bytes and launches of the kernels that are
+    generated are added, not those of the operators that they stand beside."""
     torch._dynamo.reset()
     metrics.reset()
-    compiled: Callable[[Inputs], Tensor] = torch.compile(forward, dynamic=False, fullgraph=True)
     log = compile_fx.inductor_metrics_log
     level = log.level
     log.setLevel(logging.INFO)  # else Inductor does not count
     try:
         with config.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-            work.gradient(compiled(inputs), inputs)
+            yield
     finally:
         log.setLevel(level)
     for node, words in metrics.nodes_num_elem:
         if not isinstance(node, ExternKernelSchedulerNode):
             traffic.bytes_of["generated"] += 4 * words
     traffic.launches += metrics.generated_kernel_count
-    return compiled

@@ -246,13 +246,13 @@ def _prepare(work: Work, name: str, patch_zyx: Zyx, inputs: Inputs) -> tuple[Cal
 
 
 def measure_in_turn(
-    steps: dict[str, Callable[[Inputs], Any]], copies: Sequence[Inputs], rounds: int, clock: Clock
+    steps: dict[str, Callable[[Any], Any]], copies: Sequence[Any], rounds: int, clock: Clock, warmup: int = WARMUP
 ) -> dict[str, list[float]]:
     """Seconds of each variant's calls, in turn as `record.measure` has them, each on the next of the inputs."""
     names, inputs = list(steps), itertools.cycle(copies)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     most = dict.fromkeys(names, rounds)
-    for turn in range(-WARMUP, rounds):
+    for turn in range(-warmup, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if turn >= most[name]:
                 continue

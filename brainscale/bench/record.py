@@ -144,18 +144,25 @@ def skipped(bench: str, case: str, variant: str, reason: str) -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """Machine, versions, commit and time of a measurement."""
+    versions, commit = _software()
+    return {
+        "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), **_gpu()},
+        "versions": versions,
+        "commit": commit,
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@lru_cache(maxsize=1)
+def _software() -> tuple[dict[str, str], str]:
+    """Versions and commit, asked for once in a process."""
     versions = provenance.versions()
     for name in PEERS:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {
-        "machine": {"cpu": provenance.cpu_name(), "cores": os.cpu_count(), **_gpu()},
-        "versions": versions,
-        "commit": provenance.commit(),
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return versions, provenance.commit()
 
 
 def _gpu() -> dict[str, str | None]:
@@ -225,6 +232,8 @@ def _figures(line: dict[str, Any]) -> str:
         return f"skipped: {line['skipped']}"
     seconds, median = line["unit"] == "s", line["median"]
     unit, factor = ("MB", 1e-6) if not seconds else ("s ", 1.0) if median >= 1 else ("ms", 1e3)
+    if line["unit"] not in ("s", "B"):
+        unit, factor = line["unit"], 1.0
     if seconds and median < 1e-3:
         unit, factor = "µs", 1e6
     columns = [f"{factor * median:8.2f} {unit}"]
@@ -237,6 +246,8 @@ def _figures(line: dict[str, Any]) -> str:
         columns += _loader_figures(line)
     elif line["bench"] == "scaling":
         columns += _scaling_figures(line)
+    elif line["bench"] == "step":
+        columns += _step_figures(line)
     elif seconds:
         columns.append(f"{line['mb_per_s']:6.0f} MB/s" if line["mb_per_s"] else " " * 11)
         columns.append(f"{line['bytes_per_volume'] / 1e6:6.2f} MB" if line["bytes_per_volume"] else " " * 9)
@@ -273,6 +284,19 @@ def _loader_figures(line: dict[str, Any]) -> list[str]:
         for name, factor, form, unit in figures
         if line[name] is not None and not (line["unit"] == "B" and name == "bytes_per_volume")
     ]
+
+
+def _step_figures(line: dict[str, Any]) -> list[str]:
+    """What a line of `bench step` says beside its median, as far as it says it."""
+    figures = (
+        ("samples_per_s", 1, "6.2f", "volumes/s"), ("tflops", 1, "7.3f", "TFLOP/s"), ("mfu", 100, "4.1f", "% MFU"),
+        ("peak_bytes", 1e-9, "5.1f", "GB at peak"), ("spectral_share", 100, "4.1f", "% spectral"),
+        ("launches", 1, "5d", "launches"),
+    )  # fmt: skip
+    columns = [f"{factor * line[name]:{form}} {unit}" for name, factor, form, unit in figures if line[name] is not None]
+    if line["flop_rate_ratio"] is not None and abs(line["flop_rate_ratio"] / line["ratio"] - 1) > 0.05:
+        columns.append(f"{line['flop_rate_ratio']:.2f}× its FLOP rate")
+    return columns if line["kind"] != "compiled" else [line["form"]]
 
 
 def _scaling_figures(line: dict[str, Any]) -> list[str]:
