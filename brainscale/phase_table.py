@@ -1,9 +1,9 @@
 """A profile of steps as a table by phase: how long the host was in each, what it launched there, where the GPU idled.
 
 The host's time is that of the loop's thread, and belongs to the innermost phase, so that all rows together are the
-step. A kernel belongs to the phase in which it was launched, whenever it ran. The backward pass is split by autograd's
-sequence numbers: what computes the gradient of an operation belongs to the phase that the operation was in. What the
-phases "other" and "checkpoint" do inside is theirs.
+step. A kernel belongs to the phase in which it was launched, by any thread and whenever it ran. The backward pass is
+split by autograd's sequence numbers: what computes the gradient of an operation belongs to the phase that the operation
+was in. What the phases "other" and "checkpoint" do inside is theirs.
 """
 
 import re

@@ -85,7 +85,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch, guard: Guard) -> 
     """The steps from the session's state to the end. Raises as `run` does."""
     config, state, world, engine = session.config, session.state, session.world, session.engine
     run_dir, voice, volume_zyx = session.run_dir, session.voice, session.loader.reader.volume_zyx
-    samples = config.train.global_batch_volumes
+    samples, flops = config.train.global_batch_volumes, session.model.flops()
     meter, clock = metrics.Meter(world, session.model.parts), metrics.Clock(state.step, state.time_s)
     writer = metrics.Writer(run_dir, state.step, config, voice.line) if world.is_first else None
     saver = checkpoint.Saver(engine, run_dir / "checkpoints", world, config.checkpoint)
@@ -121,6 +121,8 @@ def train(session: Session, stop: stopping.Stop, watch: Watch, guard: Guard) -> 
     for step in range(first, config.train.num_steps):
         begin, before = time.monotonic(), state
         guard.at(step + 1)
+        if step + 1 == steps.stop:  # rank 0 writes what it has recorded, and the others wait
+            watch.set_timeout(patience_s)
         lr = learning_rate(config.optim, step, config.train.num_steps)
         deep.set_learning_rate(engine, lr)
         with sampler.around(step + 1, recorder.begin(step + 1)) as profile:
@@ -136,7 +138,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch, guard: Guard) -> 
                 leave_out(session, before, computed)
         if writer is not None and profile:
             writer.write({"step": state.step, "profile": profile})
-        if step == first:
+        if step == first or step + 1 == steps.stop:
             watch.set_timeout(config.health.timeout_s)
 
         last = state.step == config.train.num_steps
@@ -154,7 +156,7 @@ def train(session: Session, stop: stopping.Stop, watch: Watch, guard: Guard) -> 
                 line: dict[str, Any] = {
                     "step": state.step, **meter.read(), "lr": lr, "grad_norm": deep.grad_norm(engine),
                     "samples": state.step * samples, "skipped_steps": state.skipped, **session.coverage.read(),
-                    **clock.read(state.step, samples, volume_zyx, session.model.flops(), world, config.train.precision),
+                    **clock.read(state.step, samples, volume_zyx, flops, world, config.train.precision),
                 }  # fmt: skip
             if spike := monitor.spike(line["grad_norm"]):
                 line["warnings"] = {"spike": spike}
