@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def test_a_block_is_one_graph(given):
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
-def train_compiled(config_path: Path, cases: list[tuple[str, ...]], folder: Path) -> None:
+def train_compiled(config_path: Path, cases: list[tuple[str, ...]], folder: Path, backend: str) -> None:
     """In every rank: train plain; the same, compiled from the fourth step on, by the real loop with evaluations. Writes
     dynamo's counts as they are before every step, and at the end."""
     from brainscale import distributed, stopping, train
@@ -219,6 +219,7 @@ def train_compiled(config_path: Path, cases: list[tuple[str, ...]], folder: Path
     world = distributed.find()
     distributed.start(world)
     compute, seen = train.compute, []
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=backend)
 
     def computed(*arguments: Any) -> Any:
         seen[-1].append(counts())
@@ -253,26 +254,35 @@ def counts() -> dict[str, int]:
 DEEP = ("model.depth=3", "mae.decoder_depth=3", "jepa.predictor_depth=3", "optim.final_lr_fraction=1.0")
 EVALUATED = ("train.num_steps=8", "log.holdout_every_steps=2", "health.probe_every_steps=2")
 RECOMPUTED = ("train.activation_checkpointing=true",)
+GRAPHS = {MAE: 3, JEPA: 5}
+"""Of encoder, decoder, its last block; of a JEPA's teacher and its last block, too."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_blocks_break_nowhere_and_stay_as_they_are(ranks, tiny_store, tiny_config, tmp_path):
-    """Per block at stages 1 and 2: every shape is one graph, all are made in the first step, evaluations make none; a
-    plain run goes on compiled, on the same path."""
-    if shutil.which("g++") is None:
+@pytest.mark.parametrize(
+    ("ranks", "backend", "cases"),
+    [
+        (1, "inductor", [(MAE, 1, RECOMPUTED)]),
+        (1, "aot_eager", [(MAE, 2, ()), (JEPA, 1, ()), (JEPA, 0, RECOMPUTED)]),
+        (2, "aot_eager", [(MAE, 1, RECOMPUTED), (JEPA, 2, ())]),
+    ],
+)
+def test_compiled_blocks_break_nowhere_and_stay_as_they_are(ranks, backend, cases, tiny_store, tiny_config, tmp_path):
+    """Per block under a real engine: every shape is one graph, all are made in the first step, evaluations make none; a
+    plain run goes on compiled, on the same path. aot_eager is all of the way but the last part, which makes code."""
+    if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on a CPU")
-    stages = (1, 2) if ranks == 1 else (2, 1)
-    cases = [
+    settings = [
         (*objective, *DEEP, *EVALUATED, f"data.store={tiny_store}", f"zero.stage={stage}", *more)
-        for objective, stage, more in zip((MAE, JEPA), stages, (RECOMPUTED, ()) if ranks == 1 else ((), RECOMPUTED))
+        for objective, stage, more in cases
     ]
-    finish(start_function(partial(train_compiled, tiny_config, cases, tmp_path), ranks=ranks, logs=tmp_path), 0, 600)
+    function = partial(train_compiled, tiny_config, settings, tmp_path, backend)
+    finish(start_function(function, ranks=ranks, logs=tmp_path), timeout_s=600)
     for rank in range(ranks):
-        for number, found in enumerate(json.loads((tmp_path / f"rank-{rank}.json").read_text())):
+        for (objective, *_), found in zip(cases, json.loads((tmp_path / f"rank-{rank}.json").read_text())):
             before, *after = found
-            assert before["graphs"] == 0
+            assert before["graphs"] == 0 and len(after) == 4
             assert all(one == after[0] for one in after), "nothing is compiled after the first step"
-            assert (after[0]["graphs"], after[0]["breaks"]) == (3 if number == 0 else 5, 0)
-    for number in range(2):
+            assert (after[0]["graphs"], after[0]["breaks"]) == (GRAPHS[objective], 0)
+    for number in range(len(cases)):
         assert losses(tmp_path / f"compiled-{number}") == pytest.approx(losses(tmp_path / f"plain-{number}"), rel=1e-4)

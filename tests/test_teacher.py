@@ -218,16 +218,6 @@ def test_a_step_that_is_left_out_does_not_move_the_teacher(stage, ranks, tiny_co
         assert all(torch.equal(one[name], two[name]) for name in one) == (step in skipped)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_stay_compiled_in_student_teacher_and_predictor(tiny_store, tiny_config, tmp_path):
-    more = ("train.num_steps=4", "health.probe_every_steps=2", "log.holdout_every_steps=2")
-    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    pretrain(tiny_store, tiny_config, plain, *more)
-    text = pretrain(tiny_store, tiny_config, compiled, *more, "train.compile=true")[0].text
-    assert "recompile_limit" not in text
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
-
-
 def half_of_the_foreground(config_path: Path, overrides: tuple[str, ...], folder: Path) -> None:
     """Steps on volumes whose foreground is made one end of the grid: half of it is hidden in every one."""
     world = distributed.find()
