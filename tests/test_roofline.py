@@ -50,8 +50,8 @@ def test_wider_models_are_bound_by_matrices_and_small_ones_wait_for_volumes(pres
 
 def test_the_kept_table_and_picture_are_made_from_these_formulas(presets, tmp_path):
     """After a change of formulas: brainscale bench roofline --out docs/performance_roofline.svg --markdown
-    docs/performance_limits.md"""
-    assert (ROOT / "docs/performance_limits.md").read_text() == roofline.markdown(presets, H200)
+    docs/performance_limits.inc"""
+    assert (ROOT / "docs/performance_limits.inc").read_text() == roofline.markdown(presets, H200)
     for name in ("a.svg", "b.svg"):
         roofline_picture.draw(presets, H200, [], tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
