@@ -68,6 +68,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
+            "jsonschema>=4.20",
             "ruff",
             "mypy",
             "ome-zarr-models>=1.7",

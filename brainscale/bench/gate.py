@@ -21,6 +21,7 @@ would do. Since all of the threshold would have to be noise, identical runs are 
 What was counted does not vary, and is compared exactly.
 """
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ from brainscale.bench.schema import Line, Measured, only
 ALPHA, TRIM = 0.05, 0.2
 RUN_TO_RUN = 0.01
 """Least standard deviation of a ratio from run to run, as a share of it."""
-MAX_RUNS = 1000
+MAX_RUNS, MIN_ROUNDS = 1000, 5
+FEW = f"too few rounds are kept, {MIN_ROUNDS} are the least; run it without --quick, or append runs"
 OURS = "brainscale"
 """How the names of our variants begin. In a case that has such, all others are peers."""
 PEERS = ("MONAI",)
@@ -89,12 +91,12 @@ def judge(before: Sequence[Line], after: Sequence[Line], threshold: float) -> li
         elif is_exact(one):
             found[key] = exactly(key, one.median, other.median, threshold)
         else:
-            found[key] = Judgement(key, one.ratio, other.ratio, "cannot tell", "no pairs are kept, or too few")
+            found[key] = Judgement(key, one.ratio, other.ratio, "cannot tell", FEW)
             sides = [
                 [run_of(line.pairs, sign) for line in each if line.pairs and usable(line.pairs)]
                 for each in (old[key], new[key])
             ]
-            if all(sides):
+            if all(sum(run.rounds for run in side) >= MIN_ROUNDS for side in sides):
                 runs[key] = sides
     for key, (a, b) in runs.items():
         beside = [side for other, sides in runs.items() if other[0] == key[0] for side in sides]
@@ -173,12 +175,9 @@ def drift(sides: Sequence[Sequence[Run]]) -> Drift:
     return Drift(excess / freedom, freedom)
 
 
-def half_width(sides: Sequence[Sequence[Run]], between: Drift, alpha: float) -> float:
-    """Of the interval of the difference of two sides' means, in logarithms. Pure."""
-    parts = [(run.variance / len(side) ** 2, run.freedom) for side in sides for run in side]
-    parts.append((between.variance * sum(1 / len(side) for side in sides), between.freedom))
-    variance = sum(part for part, _ in parts)
-    uncertain = sum(part**2 / degrees for part, degrees in parts)
+def half_width(parts: Sequence[tuple[float, float]], alpha: float) -> float:
+    """Of an interval in logarithms, whose variance is the sum of parts with their degrees of freedom. Pure."""
+    variance, uncertain = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
     freedom = variance**2 / uncertain if uncertain else math.inf
     return float(stats.t.ppf(1 - alpha / 2, freedom)) * math.sqrt(variance)
 
@@ -188,7 +187,10 @@ def by_interval(
 ) -> Judgement:
     """The line with its change, interval and verdict. Pure."""
     change = statistics.fmean(run.mean for run in after) - statistics.fmean(run.mean for run in before)
-    half, limit = half_width((before, after), between, alpha), math.log1p(threshold)
+    sides = before, after
+    parts = [(run.variance / len(side) ** 2, run.freedom) for side in sides for run in side]
+    parts.append((between.variance * sum(1 / len(side) for side in sides), between.freedom))
+    half, limit = half_width(parts, alpha), math.log1p(threshold)
     low, high = change - half, change + half
     if low > limit:
         verdict, why = "slower", ""
@@ -199,15 +201,23 @@ def by_interval(
     else:
         wanted = max(limit / 10, min(limit / 2, abs(abs(change) - limit)))
         verdict, why = "cannot tell", runs_needed(before, after, between, wanted, alpha)
-    change, low, high = (math.expm1(value) for value in (change, low, high))
+    change, low, high = (math.expm1(min(value, 100.0)) for value in (change, low, high))  # a float has an end
     return line._replace(verdict=verdict, why=why, change=change, low=low, high=high, failed=verdict == "slower")
 
 
 def runs_needed(before: list[Run], after: list[Run], between: Drift, wanted: float, alpha: float) -> str:
     """How many rounds, in runs like those of the lines, make an interval as narrow as `wanted` (logarithms). Pure."""
     rounds = max(run.rounds for run in (*before, *after))
-    for count in range(max(len(before), len(after)) + 1, MAX_RUNS):
-        sides = [(side * count)[:count] for side in (before, after)]
-        if half_width(sides, between, alpha) <= wanted:
-            return f"{count * rounds} rounds would: {count} such runs in either file"
-    return f"more than {MAX_RUNS * rounds} rounds would be needed"
+    sides = [
+        (statistics.fmean(run.variance for run in side), statistics.fmean(run.freedom for run in side))
+        for side in (before, after)
+    ]
+
+    def enough(count: int) -> bool:
+        parts = [(variance / count, freedom * count) for variance, freedom in sides]
+        return half_width([*parts, (2 * between.variance / count, between.freedom)], alpha) <= wanted
+
+    count = bisect.bisect_left(range(MAX_RUNS), True, lo=max(len(before), len(after)) + 1, key=enough)
+    if count == MAX_RUNS:
+        return f"more than {MAX_RUNS * rounds} rounds would be needed"
+    return f"{count * rounds} rounds would: {count} such runs in either file"
