@@ -27,7 +27,7 @@ from brainscale.settings import load
 DOCS = ROOT / "docs"
 TREE = ("README.md", "brainscale", "configs", "data_prep", "docs", "kernels", "slurm")
 """What a reader finds in the checkout."""
-NOT_RUN = re.compile(r"\*Not run in CI: (.{10,})\.\*")
+NOT_RUN = re.compile(r"\*Not run in CI(?: as written)?: (.{10,})\.\*")
 EXIT_CODE = re.compile(r"\*Ends with exit code (\d+)\.\*")
 FILE = re.compile(r"`([\w/]+\.\w+)`:$")
 SCRIPTS = {
