@@ -10,7 +10,15 @@ from brainscale import plan_memory, plan_recompute, plan_time
 from brainscale.config import Config
 from brainscale.geometry import Zyx
 from brainscale.hardware import Gpu, Network
-from brainscale.model_counts import Tokens, executed_flops, model_flops, teacher_sizes, tokens_of, trained_sizes
+from brainscale.model_counts import (
+    Tokens,
+    block_count,
+    executed_flops,
+    model_flops,
+    teacher_sizes,
+    tokens_of,
+    trained_sizes,
+)
 from brainscale.plan_memory import GIB, Memory
 from brainscale.plan_recompute import USABLE_FRACTION
 from brainscale.plan_time import Time
@@ -146,7 +154,7 @@ def make(
         checkpoint_bytes=checkpoint_bytes(trained, teacher),
         data_bytes_per_s=micro * accumulation * voxels * volume.voxel_bytes / time.step_s, warnings=[], alternatives=[],
     )  # fmt: skip
-    plan.warnings.extend(warnings(plan))
+    plan.warnings.extend(warnings(plan, fused))
     if not plan.fits:
         plan.alternatives.extend(alternatives(plan, fused))
     return plan
@@ -162,8 +170,8 @@ def checkpoint_bytes(trained: int, teacher: int) -> float:
     return 12 * trained + 4 * teacher
 
 
-def warnings(plan: Plan) -> list[str]:
-    """Sentences about what is other than asked for, or not looked at."""
+def warnings(plan: Plan, fused: bool) -> list[str]:
+    """Sentences about what is other than asked for, or not looked at, or better otherwise."""
     config, said = plan.config, []
     if plan.micro_batch_volumes < min(
         config.train.micro_batch_volumes, config.train.global_batch_volumes // plan.ranks
@@ -173,6 +181,8 @@ def warnings(plan: Plan) -> list[str]:
             f"{config.train.micro_batch_volumes} does not divide a rank's "
             f"{config.train.global_batch_volumes // plan.ranks}"
         )
+    if config.train.activation_checkpointing == "auto" and plan.recomputed_blocks:
+        said += _smaller_batches(plan, fused)
     if plan.zero_stage != config.zero.stage:
         said.append(f"ZeRO stage {plan.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")
     if config.train.precision == "fp32":
@@ -192,6 +202,21 @@ def warnings(plan: Plan) -> list[str]:
     if plan.time.exposed_s > 0.2 * plan.time.step_s:
         said.append("over a fifth of the step waits for communication; fewer nodes, or larger batches, waste less")
     return said
+
+
+def _smaller_batches(plan: Plan, fused: bool) -> list[str]:
+    """A sentence where accumulating over smaller micro-batches takes less time than computing blocks again."""
+    share, found = plan.config.train.global_batch_volumes // plan.ranks, []
+    for micro in (m for m in range(plan.micro_batch_volumes - 1, 0, -1) if share % m == 0):
+        change = (f"train.micro_batch_volumes={micro}",)
+        made = _changed(plan.config, change)
+        if made and (one := _alternative(plan, made, change, plan.nodes, fused)):
+            found.append(one)
+    best = min(found, key=lambda one: one.step_s, default=None)
+    if best is None or best.step_s >= plan.time.step_s:
+        return []
+    told = f"{plan.recomputed_blocks} of {block_count(plan.config)} blocks are computed again"
+    return [f"{told}; {best.overrides[0]} would take {best.step_s:.3f} s a step"]
 
 
 # ---------------------------------------------------------------------------------------- alternatives

@@ -13,6 +13,7 @@ from brainscale.config import Config
 from brainscale.distributed import World, gather
 from brainscale.model_counts import Tokens, block_count, recomputed_or
 from brainscale.plan_memory import GIB, predict
+from brainscale.zero import batch_split
 
 USABLE_FRACTION = 0.9
 """Of a GPU's memory, that a prediction may fill: it is within 10 % of what is needed."""
@@ -32,19 +33,27 @@ def decide(
         needed = predict(config, tokens, ranks, voxel_bytes, kernels, fused, recomputed).total_bytes
         return needed <= USABLE_FRACTION * memory_bytes
 
-    return bisect_left(range(block_count(config)), True, key=fits)
+    every = block_count(config)
+    return bisect_left(range(every), True, key=fits) if fits(every - 1) else every
 
 
-def at_start(config: Config, tokens: Tokens, world: World, voxel_bytes: int, kernels: str) -> tuple[int, str]:
+def at_start(
+    config: Config, tokens: Tokens, world: World, voxel_bytes: int, kernels: str, fused: bool
+) -> tuple[int, str]:
     """Collective: (what `decide` says for the GPU with the least memory, the same on every rank; a sentence about it,
     "" where there is nothing to say)."""
     memory_bytes = min(gather(memory_of_gpu(world), world)) if world.device.type == "cuda" else None
-    recomputed, every = decide(config, tokens, world.size, memory_bytes, voxel_bytes, kernels), block_count(config)
+    recomputed, every = (
+        decide(config, tokens, world.size, memory_bytes, voxel_bytes, kernels, fused),
+        block_count(config),
+    )
     if memory_bytes is None:
         return recomputed, f"activation checkpointing of all {every} blocks" if recomputed else ""
-    needed = predict(config, tokens, world.size, voxel_bytes, kernels, True, recomputed).total_bytes
+    needed = predict(config, tokens, world.size, voxel_bytes, kernels, fused, recomputed).total_bytes
     how = f"{recomputed} of {every} blocks" if recomputed else "off"
     said = f"activation checkpointing: {how}; {needed / GIB:.1f} of {memory_bytes / GIB:.1f} GiB predicted"
+    if recomputed and batch_split(config, world.size)[0] > 1:
+        said += "; a smaller train.micro_batch_volumes may cost less (`brainscale plan`)"
     if needed > memory_bytes:
         said += "; WARNING: that is more than there is (±10 %): `brainscale plan` says what would fit"
     return recomputed, said

@@ -110,8 +110,7 @@ def build(
     loader_class, why = choose_loader(config.data.loader, world.device)
     compiled = "blocks" if deep.compiles(config, world) else "off"
     voice.line(
-        f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}; loader: {why}; "
-        f"compile: {compiled}"
+        f"{topology(state)}, on {run_folder.device_name(world)}; kernels: {kernels}; loader: {why}; compile: {compiled}"
     )
     chosen = attention.decide(config, tokens, micro, world, run_dir)
     voice.line(chosen.sentence)
@@ -124,7 +123,8 @@ def build(
     online = OnlineProbe(reader, order.rows, held_rows, config, world) if config.probe.every_steps else None
     if online is not None:
         voice.line(online.sentence)
-    recomputed, said = plan_recompute.at_start(config, tokens, world, store.dtype.itemsize, kernels)
+    fused = chosen.backend != "math"
+    recomputed, said = plan_recompute.at_start(config, tokens, world, store.dtype.itemsize, kernels, fused)
     if said:
         voice.line(said)
     model = OBJECTIVES[config.objective](config, reader.volume_zyx)
