@@ -72,6 +72,7 @@ class Guard:
         self.usage: Usage | None = None
         self.snapshot: Path | None = None
         if world.device.type == "cuda":
+            torch.cuda.init()  # before it there is no allocator that could be told
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY_ENTRIES)
             torch._C._cuda_attach_out_of_memory_observer(self._note)  # type: ignore[attr-defined]
 
