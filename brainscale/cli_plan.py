@@ -55,7 +55,7 @@ def plan(
     gpu_tflops
         Dense rate of matrices in the run's precision, in place of the preset's.
     link_gb_per_s
-        Bus bandwidth of a collective within a node, as nccl-tests reports it.
+        Bus bandwidth of a collective within a node, as nccl-tests and `brainscale bench scaling` (MB/s bus) report it.
     network_gbps
         Line rate of a network port, Gbit/s.
     nics_per_node

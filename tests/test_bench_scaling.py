@@ -22,9 +22,10 @@ SETTINGS = (*scaling.CPU, *scaling.QUICK)
 
 def test_sizes_without_a_core_are_skipped_unless_asked_for_and_gpus_are_not_shared():
     sizes, skipped = scaling.choose((), 2, on_gpu=False)
-    assert sizes == [1, 2] and [line["variant"] for line in skipped] == ["4 ranks"]
+    assert sizes == [1, 2] and [line["variant"] for line in skipped] == ["4 ranks", "1 to 8 GPUs"]
     assert "there are 2 cores" in skipped[0]["skipped"] and not schema.mistake(skipped[0])
-    assert scaling.choose((4, 2), 2, on_gpu=False) == ([1, 2, 4], [])
+    sizes, skipped = scaling.choose((4, 2), 2, on_gpu=False)
+    assert sizes == [1, 2, 4] and [line["skipped"] for line in skipped] == ["there is no GPU"]
     assert [line["variant"] for line in scaling.choose((), 3, on_gpu=True)[1]] == ["4 ranks", "8 ranks"]
     with pytest.raises(InputError, match="every rank needs a GPU, and there are 3"):
         scaling.choose((4,), 3, on_gpu=True)

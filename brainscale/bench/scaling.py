@@ -40,6 +40,7 @@ from brainscale_data_prep.convert import convert
 from brainscale_data_prep.phantom import make
 
 BENCH, ALONE, SIDE_BY_SIDE = "scaling", "1 rank", "ranks side by side, nothing sent"
+CASE = "weak and strong scaling"
 STAGES, QUICK_STAGES, CPU_RANKS, GPU_RANKS = (1, 2, 3), (1,), (1, 2, 4), (1, 2, 4, 8)
 CPU = (
     "model.width=384", "model.depth=6", "model.heads=6", "mae.decoder_width=192", "mae.decoder_depth=2",
@@ -51,7 +52,7 @@ QUICK = ("model.width=192", "model.depth=3", "model.heads=3", "train.global_batc
 GPU = ("model.patch_voxels_zyx=[8, 8, 8]", "spectral.weight=0", "train.global_batch_volumes=32")
 """ViT-B, 1,200 tokens, as patches of 16³ have at 1 mm."""
 PLAN = Plan(grid_voxels_xyz=(80, 96, 80), spacing_mm_xyz=(2.0, 2.0, 2.0))
-ROUNDS, STEPS, PROFILED = 9, 3, 3
+ROUNDS, QUICK_ROUNDS, STEPS, PROFILED = 7, 3, 2, 3
 """Of every variant; a round's figure is the median of its steps."""
 EXTRA = (
     "ranks", "zero_stage", "efficiency", "predicted_efficiency", "predicted_efficiency_no_overlap", "sent_bytes",
@@ -103,7 +104,7 @@ def run(
     sizes, found = choose(ranks, torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0)), on_gpu)
     stages = stages or (QUICK_STAGES if quick else STAGES)
     base = () if config else GPU if on_gpu else CPU + QUICK if quick else CPU
-    rounds, steps = (3, 2) if quick else (ROUNDS, STEPS)
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     with TemporaryDirectory(prefix="brainscale-bench-") as name:
         scratch = Path(name)
         wanted = (*base, *overrides, "data.holdout_fraction=0", "data.workers=1")
@@ -122,7 +123,7 @@ def run(
             alone, together = started[:singles], dict(zip(sizes[1:], started[singles:]))
             for one, kind in itertools.product(settings, ("weak", "strong")):
                 print(f"{BENCH}: {kind} scaling, ZeRO {one.zero.stage}", file=sys.stderr, flush=True)
-                found += lines(kind, one, alone, together, rounds, steps, links)
+                found += lines(kind, one, alone, together, rounds, links)
         found += link_lines(links, backend(on_gpu))
     return [line if line["skipped"] else dict.fromkeys(EXTRA) | line for line in found]
 
@@ -141,10 +142,10 @@ def choose(ranks: Sequence[int], places: int, on_gpu: bool) -> tuple[list[int], 
         else f"there are {places} cores; --ranks {max(usual)} lets ranks share them"
     )
     left_out = [] if ranks else [size for size in usual if size > places]
-    return (
-        sorted({1, *(ranks or (size for size in usual if size <= places))}),
-        [skipped(BENCH, "weak and strong scaling", f"{size} ranks", why) for size in left_out],
-    )
+    found = [skipped(BENCH, CASE, f"{size} ranks", why) for size in left_out]
+    if not on_gpu:
+        found.append(skipped(BENCH, f"{CASE}, NCCL", "1 to 8 GPUs", "there is no GPU"))
+    return sorted({1, *(ranks or (size for size in usual if size <= places))}), found
 
 
 def variants_of(kind: str, config: Config, alone: list[Group], together: dict[int, Group]) -> list[Variant]:
@@ -168,7 +169,7 @@ def with_batch(config: Config, volumes: int) -> Config:
 
 
 def lines(
-    kind: str, config: Config, alone: list[Group], together: dict[int, Group], rounds: int, steps: int,
+    kind: str, config: Config, alone: list[Group], together: dict[int, Group], rounds: int,
     links: dict[int, list[Reduced]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Lines over weak or strong scaling at one ZeRO stage. alone: groups of one rank, the first of which is the
@@ -180,7 +181,7 @@ def lines(
     own: dict[int, list[Reduced]] = {size: [] for size in together}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(slowest(ask(variants[name].groups, "steps", variants[name].batch, steps)))
+            seconds[name].append(slowest(ask(variants[name].groups, "steps", variants[name].batch, STEPS)))
         for size, group in together.items():
             elements = bucket_elements(config, size)
             large, empty = (slowest(ask([group], "all_reduce", count, 3)) for count in (elements, 1))
