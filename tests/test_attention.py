@@ -61,7 +61,7 @@ def test_a_call_that_the_chosen_kernel_cannot_run_is_an_error():
 
 
 def compile_with(name: str, folder: Path) -> None:
-    """In a process of its own: what compiled attention runs with a kernel switched on, and whether it comes from cache."""
+    """In a process of its own: what compiled attention runs with a kernel switched on; whether it was in the cache."""
     attention.use(name)
     given = (*attention.tensors(SHAPES[1], torch.float32, CPU)[:3], None)
     attend = torch.compile(attention.attend, fullgraph=True, dynamic=False)
