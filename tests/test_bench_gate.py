@@ -192,10 +192,19 @@ def test_few_wild_rounds_say_nothing():
         assert verdicts(judged) == {"cannot tell"} and all(one.why for one in judged)
 
 
-def test_lines_without_pairs_or_with_differences_of_no_sign_are_not_guessed_at():
+def test_lines_without_pairs_are_judged_by_their_spread_which_is_wider():
+    rng = np.random.default_rng(8)
+    drift = np.exp(0.1 * rng.standard_normal((2, 40)))
+    sides = [timed(times * pace * rng.normal(1, 0.02, 40), pace) for times, pace in zip((1.0, 1.5), drift)]
+    (sharp,) = judge(*sides, 0.1)
+    (wide,) = judge(*([line.model_copy(update={"pairs": None}) for line in side] for side in sides), 0.1)
+    assert sharp.failed and wide.failed and wide.low < sharp.low < 0.5 < sharp.high < wide.high
+
+
+def test_differences_of_no_sign_are_not_guessed_at():
     steady = [1.0, 1.01, 0.99] * 10
-    for other in (lines_of(steady, steady, pairs=None), lines_of([-1.0, 1.0, 2.0] * 10, [1.0] * 30)):
-        assert judge(lines_of(steady, steady), other, 0.1)[0].verdict == "cannot tell"
+    other = lines_of([-1.0, 1.0, 2.0] * 10, [1.0] * 30)
+    assert judge(lines_of(steady, steady), other, 0.1)[0].verdict == "cannot tell"
 
 
 def test_the_command_says_what_differs_and_exits_4_for_a_regression(tmp_path, capsys):

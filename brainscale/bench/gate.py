@@ -5,7 +5,8 @@ What is judged is the time of a variant over that of the reference that ran in t
 appended to it; more runs, or more rounds in one, make the answer sharper.
 
 Of one run: the 20 % trimmed mean of the logarithms of its pairs, with Yuen's standard error, from the winsorised ones
-(Yuen, Biometrika 61, 1974, 165-170), so that a round in which something else ran counts little.
+(Yuen, Biometrika 61, 1974, 165-170), so that a round in which something else ran counts little. Older lines are without
+pairs; there the spread of seconds serves, which is wider.
 
 Between runs, ratios differ by more than their rounds show, by how memory happens to be laid out and the like (Mytkowicz
 et al., Producing wrong data without doing anything obviously wrong, ASPLOS 2009). This variance is a random effect, as
@@ -63,7 +64,7 @@ class Drift(NamedTuple):
 class Judgement(NamedTuple):
     """What is said of a line. before, after: `ratio` of the newest line of each file (of what is counted, the count);
     change, low, high: of the time against the reference (or of the count), as shares, 0.1 for 10 % more; None where
-    there is none. failed: it is a regression."""
+    there is none. failed: it is a regression. turned: ours is the reference, and figures are of ours to this variant."""
 
     key: Key
     before: float
@@ -74,6 +75,7 @@ class Judgement(NamedTuple):
     low: float | None = None
     high: float | None = None
     failed: bool = False
+    turned: bool = False
 
 
 def judge(before: Sequence[Line], after: Sequence[Line], threshold: float) -> list[Judgement]:
@@ -91,11 +93,9 @@ def judge(before: Sequence[Line], after: Sequence[Line], threshold: float) -> li
         elif is_exact(one):
             found[key] = exactly(key, one.median, other.median, threshold)
         else:
-            found[key] = Judgement(key, one.ratio, other.ratio, "cannot tell", FEW)
-            sides = [
-                [run_of(line.pairs, sign) for line in each if line.pairs and usable(line.pairs)]
-                for each in (old[key], new[key])
-            ]
+            was, now = (line.ratio if sign < 0 else 1 / line.ratio for line in (one, other))
+            found[key] = Judgement(key, was, now, "cannot tell", FEW, turned=sign > 0)
+            sides = [runs_of(key, lines, sign) for lines in (old, new)]
             if all(sum(run.rounds for run in side) >= MIN_ROUNDS for side in sides):
                 runs[key] = sides
     for key, (a, b) in runs.items():
@@ -146,6 +146,24 @@ def exactly(key: Key, before: float, after: float, threshold: float) -> Judgemen
 def usable(pairs: list[float]) -> bool:
     """Whether pairs say how they vary: several, and none of a difference that noise has turned negative."""
     return len(pairs) > 1 and min(pairs) > 0
+
+
+def runs_of(key: Key, lines: dict[Key, list[Measured]], sign: int) -> list[Run]:
+    """All runs of a line that say how they vary; of older lines, which are without pairs, by the spread of seconds."""
+    own = lines[key]
+    references = lines.get((*key[:2], own[-1].ratio_to), [])
+    if any(line.pairs is not None for line in own) or len(own) != len(references):
+        return [run_of(line.pairs, sign) for line in own if line.pairs and usable(line.pairs)]
+    both = ((line, reference) for line, reference in zip(own, references) if min(line.p20, reference.p20) > 0)
+    return [run_by_spread(line, reference, sign) for line, reference in both if line.n > 1]
+
+
+def run_by_spread(line: Measured, reference: Measured, sign: int) -> Run:
+    """From the percentiles of both, as if normal and independent, which pairs seldom are: no narrower than they would
+    say. The variance of a median is π / 2 of a mean's. Pure."""
+    deviations = ((math.log(one.p80) - math.log(one.p20)) / (2 * stats.norm.ppf(0.8)) for one in (line, reference))
+    variance = math.pi / 2 * sum(deviation**2 for deviation in deviations) / line.n
+    return Run(sign * math.log(line.ratio), float(variance), line.n - 1, line.n)
 
 
 def run_of(pairs: list[float], sign: int) -> Run:

@@ -21,14 +21,14 @@ def text(
     summary = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
     failed = [one for one in judged if one.failed]
     lines += ["", f"{len(judged)} lines: {summary or 'nothing to judge'}"]
-    lines += [f"regression: {'; '.join(one.key)}: {change_text(one)}" for one in failed]
+    lines += [f"regression: {'; '.join((*one.key[:2], name(one)))}: {change_text(one)}" for one in failed]
     return "\n".join(lines)
 
 
 def table(judged: Sequence[Judgement]) -> list[str]:
     """A row per line under its case."""
     lines, case = [], ""
-    width = max((len(one.key[2]) for one in judged), default=0)
+    width = max((len(name(one)) for one in judged), default=0)
     heads = ("before", "after", "change [interval]")
     lines += ["", f"{'':{width + 2}} {heads[0]:>10} {heads[1]:>10}  {heads[2]:<26} verdict"]
     for one in judged:
@@ -37,9 +37,14 @@ def table(judged: Sequence[Judgement]) -> list[str]:
             lines.append(title)
         verdict = f"{one.verdict}{f' ({one.why})' if one.why else ''}"
         lines.append(
-            f"  {one.key[2]:<{width}} {one.before:10.4g} {one.after:10.4g}  {change_text(one):<26} {verdict}".rstrip()
+            f"  {name(one):<{width}} {one.before:10.4g} {one.after:10.4g}  {change_text(one):<26} {verdict}".rstrip()
         )
     return lines
+
+
+def name(one: Judgement) -> str:
+    """Of the row: a variant, or what the reference is ours to."""
+    return f"ours to {one.key[2]}" if one.turned else one.key[2]
 
 
 def change_text(one: Judgement) -> str:
