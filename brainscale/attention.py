@@ -50,7 +50,8 @@ NO_KERNEL = ("No viable backend", "No available kernel")
 
 @dataclass(frozen=True)
 class Form:
-    """Attentions of one shape in a micro-batch: how many blocks have it, and whether they have a backward pass."""
+    """Attentions of one shape: in how many blocks of a step (0: in evaluations alone), and whether they have a backward
+    pass."""
 
     volumes: int
     heads: int
@@ -84,6 +85,19 @@ def forms(config: Config, tokens: Tokens, volumes: int) -> list[Form]:
     ]
 
 
+def evaluations(config: Config, tokens: Tokens) -> list[Form]:
+    """What held-out losses, monitors and probes need besides, of one volume: all tokens through the encoder; visible
+    ones alone; and with all of the hidden ones through the decoder or predictor."""
+    model, decoder = config.model, decoder_of(config)
+    shapes = (
+        (model, tokens.total, tokens.total),
+        (model, tokens.visible, tokens.visible),
+        (decoder, tokens.total, tokens.total),
+        (decoder, tokens.masked, tokens.total),
+    )
+    return [Form(1, of.heads, queries, keys, of.width // of.heads, 0, False) for of, queries, keys in shapes]
+
+
 def decide(config: Config, tokens: Tokens, volumes: int, world: World, run_dir: Path) -> Choice:
     """Collective: choose what `train.attention` asks for, and switch it on. volumes: of a micro-batch.
 
@@ -91,7 +105,7 @@ def decide(config: Config, tokens: Tokens, volumes: int, world: World, run_dir: 
     """
     asked, device = config.train.attention, world.device
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    shapes = forms(config, tokens, volumes)
+    shapes = forms(config, tokens, volumes) + evaluations(config, tokens)
     if asked == "auto" and device.type == "cpu":
         choice = Choice("torch", {"backend": "torch", "setting": asked}, "attention: torch's own choice on a CPU")
     elif asked == "auto":
@@ -155,6 +169,7 @@ def fastest(shapes: list[Form], dtype: torch.dtype, device: torch.device, of: di
 
 def measure(names: list[str], shapes: list[Form], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Seconds of the attentions of one micro-batch by each kernel, the median of rounds in which all take turns."""
+    shapes = [form for form in shapes if form.blocks]
     inputs = [tensors(form, dtype, device) for form in shapes]
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARM_UP + ROUNDS):

@@ -143,7 +143,7 @@ class Train(Model):
     """Volumes per forward pass of one rank, at most; lowered to what one rank's share allows."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: fp32 master weights, fp32 accumulation and reduction of gradients, no loss scaling. fp32: all of fp32, on a
-    GPU without tensor cores (TF32 is left off, as torch has it), for comparisons."""
+    GPU without tensor cores (TF32 is switched off), for comparisons."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     compile: Literal["auto"] | bool = "auto"

@@ -78,6 +78,7 @@ def start(model: nn.Module, config: Config, world: World, recomputed: int = 0) -
     if world.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
+    torch.set_float32_matmul_precision("highest")  # some containers switch TF32 on
     model = model.to(world.device)
     recompute_first(model, recomputed)
     if compiles(config, world):

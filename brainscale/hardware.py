@@ -115,7 +115,7 @@ GPU's name with something behind it, and a part of its rate."""
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that MFU is a share of, for matrices in `train.precision` ("bf16" or "fp32"); None for a device that is
-    not in PEAKS or cannot compute in it. fp32 is full fp32, outside tensor cores: TF32 stays off, as torch has it."""
+    not in PEAKS or cannot compute in it. fp32 is full fp32, outside tensor cores: TF32 is off (engine.py)."""
     peak = PEAKS.get(device_name)
     tflops = 0.0 if peak is None else peak.bf16_tflops if precision == "bf16" else peak.fp32_tflops
     return 1e12 * tflops or None

@@ -23,7 +23,7 @@ from brainscale.settings import load
 
 CPU = torch.device("cpu")
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-SHAPES = [Form(2, 2, 6, 10, 12, 3, True), Form(2, 2, 10, 10, 12, 3, False)]
+SHAPES = [Form(2, 2, 6, 10, 12, 3, True), Form(2, 2, 10, 10, 12, 3, False), Form(1, 2, 4, 8, 12, 0, False)]
 NO_GPU = "" if torch.cuda.is_available() else "no GPU"
 
 
@@ -102,6 +102,16 @@ def test_shapes_are_those_of_the_model():
     ]
     teacher = [Form(8, 12, 1200, 1200, 64, 11, False), Form(8, 12, 900, 1200, 64, 1, False)]
     assert forms(jepa, tokens, 8)[3:] == teacher
+
+
+def test_a_kernel_must_run_evaluations_too():
+    """Whose shapes come hours after the start; they take no part in the measurement."""
+    config = load(Config, None, ("mask.fraction=0.5",))
+    shapes = attention.evaluations(config, tokens_of(config, (32, 48, 32)))
+    assert [(form.queries, form.keys, form.blocks) for form in shapes] == [
+        (12, 12, 0), (6, 6, 0), (12, 12, 0), (6, 12, 0),
+    ]  # fmt: skip
+    assert attention.measure(["math"], shapes, torch.float32, CPU) == {"math": 0}
 
 
 @given(st.sampled_from(["mae", "jepa"]), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.25, 0.5, 0.75]))

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from brainscale import hardware
 from brainscale.config import Config
 from brainscale.layers import Block
 from brainscale.settings import load
@@ -112,6 +113,7 @@ def train_and_watch(config_path: Path, cases: list[tuple[str, ...]], folder: Pat
     world = distributed.find()
     distributed.start(world)
     compute, told = train.compute, []
+    torch.set_float32_matmul_precision("high")
 
     def watch_one(config: Config, run_dir: Path) -> HostReads:
         reads = HostReads()
@@ -129,6 +131,7 @@ def train_and_watch(config_path: Path, cases: list[tuple[str, ...]], folder: Pat
         config = load(Config, config_path, overrides)
         found = watch_one(config, folder / f"run-{number}").found
         told.append([[*key, count / (config.train.num_steps - 3)] for key, count in sorted(found.items())])
+    assert torch.get_float32_matmul_precision() == "highest", "fp32 is fp32"
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(told))
     distributed.wait(world)
 
@@ -195,6 +198,16 @@ def test_the_model_reads_nothing(objective):
     assert loss.is_meta and all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()
+
+
+def test_mfu_is_a_share_of_what_the_device_can_do_in_that_precision():
+    assert hardware.peak_flops("NVIDIA H200", "bf16") == 788e12, "measured; its data sheet says 989"
+    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12, "not TF32's 156"
+    assert hardware.peak_flops("Tesla V100-SXM2-32GB", "bf16") is None
+    assert hardware.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None, "a seventh of one"
+    for name, peak in hardware.PEAKS.items():
+        assert peak.bf16_tflops > 3 * peak.fp32_tflops or name.startswith(("Tesla", "NVIDIA L40")), "dense, not sparse"
 
 
 # ------------------------------------------------------------------------------------------------- compiled
