@@ -50,6 +50,8 @@ OTHERS = (("S", 16), ("H", 16), ("B", 12), ("B", 8))
 CACHE_BYTES = 128 << 20
 """More than caches hold: the volumes that variants step through are no less."""
 ROUNDS, QUICK_ROUNDS, WARMUP = 15, 3, 1
+GRAPHS_TOLERANCE = 0.02
+"""Of the loss: a graph whose memory something else writes to would not fail, but compute something else."""
 WITHOUT_GPU = "there is no GPU: ratios to MONAI in bf16, MFU and the spectral term's share of a step need one"
 
 
@@ -77,6 +79,8 @@ def run(
             raise InputError(f"--{option} {', '.join(wrong)} is not known; give some of {', '.join(map(str, known))}")
     if batch < 0:
         raise InputError(f"--batch is {batch}; give volumes, or 0 to choose by memory")
+    if 0 < batch < LEAST_BATCH and (not objectives or "vcr" in objectives):
+        raise InputError(f"--batch is {batch}, and vcr compares volumes; give 2 or more, or --objectives without vcr")
     on_gpu, cores = torch.cuda.is_available(), os.sched_getaffinity(0)
     measured = models(overrides, quick, sizes, patches, objectives, on_gpu)
     found = []
@@ -160,14 +164,18 @@ def model_lines(model: Model, batch: int, why: str, rounds: int) -> list[dict[st
     copies = min(64, max(2, -(-CACHE_BYTES // (2 * batch * voxels))))
     given = list(batches(case, batch, copies, world, model.forms))
     peak_bytes: dict[str, int | None] = {}
+    losses: dict[str, float] = {}
     for name in list(variants):
         try:
             peak_bytes[name] = first_steps(variants[name], given[0], world)
+            losses[name] = variants[name].step.mean_loss()
+            if GRAPHS in name and not math.isclose(losses[name], losses[MAE], rel_tol=GRAPHS_TOLERANCE):
+                raise RuntimeError(f"its loss is {losses[name]:.4g}, and that of {MAE} {losses[MAE]:.4g}")
         except RuntimeError as error:
             if not isinstance(error, BackendCompilerFailed | torch.OutOfMemoryError) and GRAPHS not in name:
                 raise
             del variants[name]
-            builder.skipped[name] = kernels.why(error)
+            builder.skipped[name] = str(error).splitlines()[0] if GRAPHS in name else kernels.why(error)
     found = [skipped(BENCH, title, name, reason) for name, reason in builder.skipped.items()]
     if not variants:
         return found
@@ -182,7 +190,7 @@ def model_lines(model: Model, batch: int, why: str, rounds: int) -> list[dict[st
             "batch": batch, "batch_by": why, "form": variants[name].form, "flops_per_sample": flops,
             "flop_rate_ratio": line["ratio"] * flops / variants[reference].step.flops_per_sample,
             "samples_per_s": per_s, "voxels_per_s": per_s * voxels, "tflops": per_s * flops / 1e12,
-            "mfu": metrics.mfu(batch * flops, line["median"], world), "parameters": step.parameters,
+            "mfu": metrics.mfu(batch * flops, line["median"], world, case.precision), "parameters": step.parameters,
             "peak_bytes": peak_bytes[name], "spectral_share": spectral_share(name, samples),
         }  # fmt: skip
         found.append(line)

@@ -166,6 +166,12 @@ class OurStep:
         self.model.after_step(self.step)
         self.step += 1
 
+    def mean_loss(self) -> float:
+        """Of the steps since it was asked last."""
+        loss = self.meter.read()["loss"]
+        assert loss is not None, "there was a step"
+        return loss
+
 
 # --------------------------------------------------------------------------------------------- MONAI
 
@@ -181,13 +187,16 @@ def missing() -> str:
 
 def make_network(config: Config, volume_zyx: Zyx, projection: str, decoder_mlp: int) -> nn.Module:
     """MONAI's network in our shapes (its own MLP would be 512 wide): depth, widths, heads, patch and share of hidden
-    tokens. projection: "conv", its default, or "perceptron"."""
+    tokens. projection: "conv", its default, or "perceptron". Positions are sine-cosine, its default, or learned where
+    the width is no multiple of 6, which it refuses."""
+    positions = ["learnable" if width % 6 else "sincos" for width in (config.model.width, config.mae.decoder_width)]
     network: nn.Module = importlib.import_module("monai.networks.nets").MaskedAutoEncoderViT(
         in_channels=1, img_size=volume_zyx, patch_size=config.model.patch_voxels_zyx, hidden_size=config.model.width,
         mlp_dim=4 * config.model.width, num_layers=config.model.depth, num_heads=config.model.heads,
         masking_ratio=config.mask.fraction, decoder_hidden_size=config.mae.decoder_width,
         decoder_mlp_dim=decoder_mlp, decoder_num_layers=config.mae.decoder_depth,
-        decoder_num_heads=config.mae.decoder_heads, proj_type=projection,
+        decoder_num_heads=config.mae.decoder_heads, proj_type=projection, pos_embed_type=positions[0],
+        decoder_pos_embed_type=positions[1],
     )  # fmt: skip
     return network
 
@@ -244,3 +253,7 @@ class MonaiStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.loss = loss.detach()
+
+    def mean_loss(self) -> float:
+        """Of the newest step."""
+        return self.loss.item()

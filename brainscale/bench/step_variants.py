@@ -139,11 +139,13 @@ def fitting_batch(model: Model) -> tuple[int, str]:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit, most = _peak_bytes(world) + MEMORY_SHARE * free, CPU_MAX_BATCH
-    batch = most
+    batch, tried = most, LEAST_BATCH
     with torch.compiler.set_stance("force_eager"):
         for name, variant in variants.items():
 
             def peak_bytes(volumes: int, variant: Variant = variant) -> float:
+                nonlocal tried
+                tried = volumes
                 given = next(batches(model.case, volumes, 1, world, model.forms))
                 if world.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -153,7 +155,8 @@ def fitting_batch(model: Model) -> tuple[int, str]:
             try:
                 batch = min(batch, largest_batch(peak_bytes, _peak_bytes(world), limit, batch))
             except torch.OutOfMemoryError:
-                print(f"{name} does not fit at any batch", file=sys.stderr, flush=True)
+                print(f"{name} does not fit at batch {tried}", file=sys.stderr, flush=True)
+                batch = tried // 2 if tried > LEAST_BATCH else batch  # else its line will say so
     return batch, f"at most {most}" if batch == most else f"{MEMORY_SHARE:.0%} of memory"
 
 
