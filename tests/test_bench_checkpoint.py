@@ -1,13 +1,11 @@
 """The simulated week is right in cases done by hand and in its properties, and the command measures what it says. No
 times are asserted."""
 
-import json
 import math
 import subprocess
 import sys
 
 import pytest
-from conftest import run_brainscale
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_bench import KEYS
@@ -168,21 +166,3 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(tmp_path):
         checkpoint.run((), tmp_path / "none.toml", None, True)
     with pytest.raises(FileNotFoundError):
         checkpoint.run((), None, tmp_path / "none", True)
-
-
-@pytest.mark.slow
-def test_bench_checkpoint_writes_whole_lines(tiny_store, tiny_config, tmp_path):
-    file = tmp_path / "lines.jsonl"
-    arguments = (f"data.store={tiny_store}", "--config", tiny_config, "--folder", tmp_path, "--quick", "--json", file)
-    run_brainscale("bench", "checkpoint", *arguments)
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
-    assert all(set(line) == KEYS and line["bench"] == "checkpoint" and line["unit"] == "s" for line in lines)
-    assert all(math.isfinite(line["median"]) and line["median"] > 0 and line["ratio"] > 0 for line in lines)
-    assert all(line["mb_per_s"] > 0 for line in lines if line["case"].startswith(("hash", "load")))
-    variants = {}
-    for line in lines:
-        variants.setdefault(line["case"].split()[0].strip(","), []).append(line["variant"])
-    assert {case: len(names) for case, names in variants.items()} == {
-        "save": 4, "loop": 4, "step": 5, "stall": 4, "load": 3, "hash": 2, "start": 2, "simulated": 5, "best": 1
-    }  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]

@@ -1,6 +1,5 @@
 """The bench of the kernels: the bytes it counts are right, ours stay within their limits, and its lines are whole."""
 
-import json
 import math
 import os
 from dataclasses import replace
@@ -9,7 +8,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import run_brainscale
 from test_bench import KEYS
 from torch._inductor import config
 
@@ -225,15 +223,6 @@ def test_compiled_code_is_counted_with_the_operators_it_calls():
 
 
 # ------------------------------------------------------------------------------------------- command
-
-
-@pytest.mark.slow
-def test_bench_kernels_counts_every_variant_where_there_is_no_gpu(tmp_path):
-    file = tmp_path / "lines.jsonl"
-    run_brainscale("bench", "kernels", "--quick", "--count", "--json", file)
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
-    assert {line["variant"] for line in lines} == {name for work in WORKS for name in work.variants}
-    assert all(set(line) == KEYS | COUNT_KEYS for line in lines if not line["skipped"])
 
 
 def test_a_batch_below_one_is_refused():

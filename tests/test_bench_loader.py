@@ -3,18 +3,15 @@ and its arithmetic holds. No times are asserted."""
 
 import dataclasses
 import gc
-import json
 import math
 import multiprocessing
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY_GRID_ZYX, run_brainscale, write_tiny_store
-from test_bench import KEYS
+from conftest import write_tiny_store
 
 from brainscale.bench import loader as bench
 from brainscale.bench import loader_consumers as consumers
@@ -243,38 +240,3 @@ def test_what_cannot_be_measured_is_refused(tiny_store, tmp_path):
     with pytest.raises(InputError, match="on another disk"):
         bench.run(tiny_store, elsewhere, 2, True)
     assert not list(elsewhere.glob("brainscale-bench-*"))
-
-
-@pytest.mark.slow
-def test_bench_loader_writes_whole_lines_and_leaves_no_files(scaled_store, tmp_path):
-    folder, file = tmp_path / "folder", tmp_path / "lines.jsonl"
-    folder.mkdir()
-    run_brainscale("bench", "loader", scaled_store, "--folder", folder, "--quick", "--json", file)
-    assert list(folder.iterdir()) == []
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
-    measured = [line for line in lines if not line["skipped"]]
-    assert all(set(line) == KEYS | set(bench.EXTRA) for line in measured)
-    assert all(line["bench"] == "loader" and math.isfinite(line["median"]) for line in measured)
-    cases = {}
-    for line in measured:
-        cases.setdefault(line["case"].split(", 1 worker")[0], {})[line["variant"]] = line
-    own = [name for name, (_, needs) in bench.OURS.items() if not loader_peers.missing(needs)]
-    everyone = {*own, *(name for name, peer in loader_peers.PEERS.items() if not loader_peers.missing(peer.needs))}
-    assert set(cases["whole volumes, warm"]) == set(cases["start-up until the first batch"]) == everyone
-    size = "×".join(map(str, TINY_GRID_ZYX))
-    for case in (f"crops of {size}, warm", f"crops of {size}, {bench.CHANGED}, warm"):
-        assert set(cases[case]) == set(own)
-    assert cases["whole volumes, warm"][bench.TORCH]["cpu_s_per_volume"] > 0
-    idle = next(own for case, own in cases.items() if case.startswith("consumer busy"))
-    assert set(idle) == everyone and all(0 < line["idle_share"] < 1 for line in idle.values())
-    sizes = cases["bytes per volume on disk"]
-    assert sizes[loader_peers.NIBABEL]["bytes_per_volume"] < sizes[bench.TORCH]["bytes_per_volume"]
-    stages = cases[f"stages of a volume of {size}, warm, one core"]
-    assert stages[loader_stages.WHOLE]["share"] == 1.0 and len(stages) == 7
-    voxels = np.prod(TINY_GRID_ZYX)
-    if loader_peers.PERSISTENT in everyone:
-        assert cases["whole volumes, warm"][bench.TORCH]["ratio_to_persistent"] > 0
-        assert sizes[loader_peers.PERSISTENT]["bytes_per_volume"] > 4 * voxels
-        assert sizes[f"{loader_peers.CACHE}: in memory"]["bytes_per_volume"] == 4 * voxels
-    reasons = {line["variant"]: line["skipped"] for line in lines if line["skipped"]}
-    assert "divide" in reasons["ViT-L/16"] and (torch.cuda.is_available() or "no GPU" in reasons[consumers.RESIDENT])

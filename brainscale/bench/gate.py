@@ -64,7 +64,7 @@ class Drift(NamedTuple):
 class Judgement(NamedTuple):
     """What is said of a line. before, after: `ratio` of the newest line of each file (of what is counted, the count);
     change, low, high: of the time against the reference (or of the count), as shares, 0.1 for 10 % more; None where
-    there is none. failed: it is a regression. turned: ours is the reference, and figures are of ours to this variant."""
+    there is none. failed: it is a regression. turned: ours is the reference; figures are of ours to this variant."""
 
     key: Key
     before: float
