@@ -35,7 +35,8 @@ SCRIPTS = {
     "slurm/pretrain_mae.sh": "pretrain", "slurm/pretrain_jepa.sh": "pretrain",
 }  # fmt: skip
 """Other ways to say a command."""
-FIGURE = re.compile(r"\d[\d,]*\.\d+(?:e[+-]?\d+)?|\d+(?=\s?%)|\d+(?:e[+-]?\d+)?(?= (?:s|ms|B|[kMGT]i?B)\b)")
+UNIT = r"(?:s|ms|[kMGT]?B|[kMGT]FLOP/s)\b"
+FIGURE = re.compile(rf"\d[\d,]*\.\d+(?:e[+-]?\d+)?(?: {UNIT})?|\d+(?=\s?%)|\d[\d,]* {UNIT}")
 """What depends on the machine, the moment or the last bit; other whole numbers are as they are written."""
 
 
