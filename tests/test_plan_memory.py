@@ -14,7 +14,6 @@ from brainscale.geometry import Zyx
 from brainscale.layers import recompute_first
 from brainscale.masking import draw_masks
 from brainscale.model_counts import recomputed_or, tokens_of
-from brainscale.plan_states import largest_group
 from brainscale.settings import load
 from brainscale_kernels import spectral_volume
 
@@ -119,8 +118,6 @@ def watch_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
         "backward": max(size for phase, size in most.items() if "backward" in phase),
         "step": most["optimizer step"],
     }
-    if run.state.zero_stage:  # AdamW on a CPU is not fused: the root of a moment, and that divided
-        wanted["step"] += 8 * largest_group(config) / world.size
     for phase, size in wanted.items():
         print(phase, live.peak[phase], size / live.peak[phase])
     for phase, size in wanted.items():
