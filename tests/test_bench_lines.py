@@ -147,8 +147,10 @@ def test_a_benchmark_that_fails_is_a_line_and_loses_nothing_else(tmp_path, monke
 
 def test_the_summary_says_what_needs_a_gpu_and_what_is_not_installed():
     made = [line(), line(bench="loader"), record.skipped("read", "c", "monai", "monai is not installed; pip install x")]
-    text = everything.summary([schema.model_of(one).model_validate(one) for one in made], {"step": "broke"}, 200.0)
-    assert "took 3 min" in text and "read       1 timed" in text and "step       FAILED, broke" in text
+    text = everything.summary(
+        [schema.model_of(one).model_validate(one) for one in made], {"step": "broke"}, {"read": 20.0, "step": 180.0}
+    )
+    assert "took 3 min" in text and "read         20 s  1 timed" in text and "step        3 min  FAILED, broke" in text
     assert "kernels    seconds, GB/s" in text and "  monai is not installed; pip install x" in text
     gpu = line(machine={"cpu": "c", "cores": 2, "gpu": "H200", "driver": "1"})
-    assert "GPU" not in everything.summary([schema.model_of(gpu).model_validate(gpu)], {}, 1.0)
+    assert "GPU" not in everything.summary([schema.model_of(gpu).model_validate(gpu)], {}, {})

@@ -40,7 +40,7 @@ def run(quick: bool, json: Path | None) -> int:
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.open("a").close()  # now, and not after the first benchmark
-    begin, found, failed = time.monotonic(), list[Line](), dict[str, str]()
+    begin, found, failed, took_s = time.monotonic(), list[Line](), dict[str, str](), dict[str, float]()
     expected_s = {name: one.quick_s if quick else one.full_s for name, one in BENCHES.items()}
     with TemporaryDirectory(prefix="brainscale-bench-") as folder:
         for number, name in enumerate(BENCHES, 1):
@@ -49,15 +49,16 @@ def run(quick: bool, json: Path | None) -> int:
                 f"\n[{number}/{len(BENCHES)}] {name}: about {span(expected_s[name])} where nothing else runs; "
                 f"{span(so_far_s)} so far, about {span(rest_s)} to go"
             )
-            file = Path(folder) / f"{name}.jsonl"
+            file, start = Path(folder) / f"{name}.jsonl", time.monotonic()
             if reason := call(name, quick, file):
                 failed[name] = reason
                 record.write([record.skipped(name, "all of it", "brainscale", reason)], file)
+            took_s[name] = time.monotonic() - start
             found += schema.read(file)
             if json is not None:
                 with json.open("a", encoding="utf-8") as out:
                     out.write(file.read_text(encoding="utf-8"))
-    say(summary(found, failed, time.monotonic() - begin))
+    say(summary(found, failed, took_s))
     return len(failed)
 
 
@@ -88,14 +89,14 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def summary(lines: Sequence[Line], failed: dict[str, str], seconds: float) -> str:
-    """What was measured, and what was not and why. Pure."""
+def summary(lines: Sequence[Line], failed: dict[str, str], took_s: dict[str, float]) -> str:
+    """What was measured, and what was not and why. took_s: seconds of each benchmark that was run. Pure."""
     measured = only(lines, Measured)
-    text = ["", f"bench all took {span(seconds)}:"]
-    for name in BENCHES:
+    text = ["", f"bench all took {span(sum(took_s.values()))}:"]
+    for name, seconds in took_s.items():
         kinds = Counter(str(line.kind) for line in measured if line.bench == name)
         words = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing was measured"
-        text.append(f"  {name:<11}{'FAILED, ' + failed[name] if name in failed else words}")
+        text.append(f"  {name:<11}{span(seconds):>6}  {'FAILED, ' + failed[name] if name in failed else words}")
     if not any(line.machine.gpu for line in lines):
         text.append("there is no GPU; these need one, and were not measured:")
         text += [f"  {name:<11}{one.needs_gpu}" for name, one in BENCHES.items() if one.needs_gpu]
