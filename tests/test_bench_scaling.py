@@ -91,15 +91,14 @@ def test_a_dead_rank_is_named_and_no_process_is_left(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_send_what_the_plan_says(tiny_store):
-    """Within 2 %, and the lines are valid and whole."""
+    """Within 2 %, at stage 3 (others: test_engine.py), and the lines are valid and whole."""
     overrides = (*scaling.CPU, *scaling.QUICK, f"data.store={tiny_store}", "model.patch_voxels_zyx=[8,8,8]")
-    lines = scaling.run(overrides, True, ranks=(2,), stages=(1, 3))
+    lines = scaling.run(overrides, True, ranks=(2,), stages=(3,))
     assert not [wrong for line in lines if (wrong := schema.mistake(line))]
+    lines = [line for line in lines if not line["skipped"]]
     assert all(set(scaling.EXTRA) <= set(line) for line in lines)
     ranks = [line for line in lines if line["variant"] == "2 ranks" and line["zero_stage"] is not None]
-    assert [(line["case"].split()[0], line["zero_stage"]) for line in ranks] == [
-        ("weak", 1), ("strong", 1), ("weak", 3), ("strong", 3)
-    ]  # fmt: skip
+    assert [(line["case"].split()[0], line["zero_stage"]) for line in ranks] == [("weak", 3), ("strong", 3)]
     for line in ranks:
         assert line["sent_bytes"] == pytest.approx(line["predicted_sent_bytes"], rel=0.02)
         assert line["collectives"] == pytest.approx(line["predicted_collectives"], rel=0.2)

@@ -177,6 +177,8 @@ def lines(
     variants = {variant.name: variant for variant in variants_of(kind, config, alone, together)}
     for variant in variants.values():
         ask(variant.groups, "prepare", variant.batch, variant.config)
+    for variant in variants.values():
+        ask(variant.groups, "steps", variant.batch, 1)
     names, seconds = list(variants), {name: list[float]() for name in variants}
     own: dict[int, list[Reduced]] = {size: [] for size in together}
     for turn in range(rounds):

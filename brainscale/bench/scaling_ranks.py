@@ -32,8 +32,8 @@ from brainscale.settings import InputError
 from brainscale.stopping import LostRank
 from brainscale.watch import Watch
 
-PATIENCE_S = 300.0
-"""How long an answer may take."""
+PATIENCE_S = 600.0
+"""How long an answer may take: torch.compile's first step is among them."""
 END_S = 10.0
 LAST_CHARACTERS = 1500
 """Of what a rank wrote, that an error shows."""
@@ -78,6 +78,8 @@ class Worker:
             begin = time.perf_counter()
             self._step(key)
             seconds.append(time.perf_counter() - begin)
+        if self.world.device.type == "cuda":  # several groups share a GPU's memory
+            torch.cuda.empty_cache()
         return seconds
 
     def count(self, key: int) -> tuple[dict[str, float], dict[str, int]]:
