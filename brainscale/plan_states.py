@@ -52,14 +52,13 @@ def states(config: Config, ranks: int) -> States:
     if stage == 3:
         always, backward = [*always, gradients, buckets], [reducing]
     summed = Part("gradients", gradients.bytes / (2 if stage == 2 and e == 4 else 1), gradients.why)
-    forward = [summed] if accumulates and stage < 3 else []
-    if accumulates and stage == 1:
-        forward.append(buckets)
+    stays = [buckets] if accumulates and stage == 1 else []
+    forward = [summed, *stays] if accumulates and stage < 3 else []
     many = {(1, True): ranks, (2, True): 2}.get((stage, accumulates and e == 4), 1)
     own = Part("gradients", gradients.bytes / many, gradients.why if many == 1 else share(ranks))
     copies = Part("step's copies", 0.0 if offload else step_bytes(config, ranks), "gradients of a group, flat and fp32")
     host_bytes = ((16 + e) * trained + 4 * teacher) / ranks if offload else 0.0
-    return States(always, forward, backward, [copies] if stage == 3 else [own, copies], host_bytes)
+    return States(always, forward, backward, [copies] if stage == 3 else [own, *stays, copies], host_bytes)
 
 
 def element_bytes(config: Config) -> int:
