@@ -104,7 +104,7 @@ class Gathered:
             self.wholes = [self._place(group, part) for group, part in zip(self.groups, parts)]
         for group, part, whole in zip(self.groups, parts, self.wholes):
             if group.ranks > 1:
-                dist.all_gather_into_tensor(whole, part.to(whole.device, whole.dtype))
+                dist.all_gather_into_tensor(whole, part.to(whole.device, whole.dtype, non_blocking=True))
             elif whole is not part:
                 whole.copy_(part)
 
