@@ -13,7 +13,7 @@ from brainscale.distributed import World
 from brainscale.layers import recompute_first
 from brainscale.model_counts import block_count, tokens_of
 from brainscale.plan_memory import GIB
-from brainscale.plan_recompute import USABLE_FRACTION, at_start, decide
+from brainscale.plan_recompute import USABLE_FRACTION, at_start, decide, memory_of_gpu
 from brainscale.settings import load
 
 FINE = ("data.crop_voxels_zyx=[128,128,128]", "model.patch_voxels_zyx=[8,8,8]")
@@ -95,3 +95,18 @@ def test_a_plan_says_how_many_blocks_and_counts_them():
     small = planned(*single, "train.activation_checkpointing=false", memory_gib=4.5)
     assert not small.fits and ("train.activation_checkpointing=auto",) in [one.overrides for one in small.alternatives]
     assert "blocks are computed again" not in " ".join(planned(*single, memory_gib=4.5).warnings)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_for_its_memory():
+    """Not run yet."""
+    if not torch.cuda.is_available():
+        pytest.skip("the memory of a GPU needs a CUDA GPU: torch.cuda.is_available() is False")
+    world = World(0, 1, 0, torch.device("cuda", 0), "")
+    total = torch.cuda.get_device_properties(0).total_memory
+    for volumes, wanted in ((1, 0), (100_000, 20)):
+        batches = (f"train.global_batch_volumes={volumes}", f"train.micro_batch_volumes={volumes}")
+        config = load(Config, ROOT / "configs/mae_vit_b.toml", batches)
+        blocks, said = at_start(config, tokens_of(config, (160, 192, 160)), world, 2, "triton", True)
+        assert blocks == wanted and 0 < memory_of_gpu(world) <= total
+        assert ("WARNING" in said) == (wanted > 0) and f"of {memory_of_gpu(world) / GIB:.1f} GiB" in said
