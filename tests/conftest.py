@@ -25,6 +25,19 @@ REAL_DATA = Path(os.environ.get("BRAINSCALE_TEST_DATA", ROOT / "../shared/data")
 FULL = os.environ.get("BRAINSCALE_TEST_FULL") == "1"
 
 
+def chosen(quick: list, others: list, reduced: int) -> list:
+    """Parameters of a test: the quick ones, and the others as slow ones: about `reduced` of them, spread, or all with
+    FULL. A case of several parameters is a tuple."""
+    others = [one for one in others if one not in quick]
+    step = 1 if FULL else -(-len(others) // reduced)
+    return [*quick, *(slow(one) for one in others[::step])]
+
+
+def slow(case: Any) -> Any:
+    """A test's parameters as a slow case."""
+    return pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real NIfTI files, or a skip that says how to provide it."""

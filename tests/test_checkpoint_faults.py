@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FULL, ROOT, losses
+from conftest import ROOT, chosen, losses
 from processes import Rank, run_ranks, start_ranks
 
 from brainscale import checkpoint_files as files
@@ -82,13 +82,6 @@ QUICK_KILLS = [
 ]
 FULL_DISKS = [(ranks, point) for point in WRITING for ranks in (1, 2)]
 QUICK_FULL_DISKS = [(1, "save.weights")]
-
-
-def chosen(quick: list, others: list, reduced: int) -> list:
-    """Parameters of a test: the quick ones, and the others as slow ones (about `reduced` of them, or all)."""
-    others = [one for one in others if one not in quick]
-    step = 1 if FULL else -(-len(others) // reduced)
-    return [*quick, *(pytest.param(one, marks=pytest.mark.slow) for one in others[::step])]
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +218,9 @@ def test_a_kill_while_a_checkpoint_is_loaded_costs_nothing(point, command, whole
     assert_ended_well(run, whole(1))
 
 
-@pytest.mark.parametrize("disk", chosen(QUICK_FULL_DISKS, FULL_DISKS, 4), ids=lambda disk: f"{disk[1]}-of-{disk[0]}")
-def test_a_full_disk_ends_the_run_resumably(disk, command, whole, tmp_path):
-    (ranks, point), run = disk, tmp_path / "run"
+@pytest.mark.parametrize(("ranks", "point"), chosen(QUICK_FULL_DISKS, FULL_DISKS, 4))
+def test_a_full_disk_ends_the_run_resumably(ranks, point, command, whole, tmp_path):
+    run = tmp_path / "run"
     ended = run_ranks(*command(run), ranks=ranks, faults=f"{point}:full@hit=3", logs=tmp_path, code=75)
     assert_says_that_the_disk_is_full(ended, run)
     newest = steps_of(run)[-1]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import losses
+from conftest import chosen, losses
 from processes import run_ranks
 
 from brainscale import checkpoint_files as files
@@ -75,7 +75,7 @@ ALL = [(ranks, stage, kind) for ranks in (1, 2) for stage in (0, 1, 2, 3) for ki
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "stage", "precision"),
-    [pytest.param(*c, marks=() if c in SAME else pytest.mark.slow) for c in ALL if c[1:] != (0, "bf16")],
+    chosen(SAME, [case for case in ALL if case[1:] != (0, "bf16")], 5),
 )
 def test_the_same_ranks_and_stage_give_the_same_bits(ranks, stage, precision, tiny_store, tiny_config, tmp_path):
     """Stopped by a signal after step 7 and continued, against unbroken; accumulation 2 on one rank."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import chosen
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import finish, start_function
@@ -199,7 +200,7 @@ QUICK = [(2, 1, "fp32", "whole"), (2, 2, "bf16", "accumulated")]
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "precision", "split"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    chosen(QUICK, CASES, 9),
 )
 def test_a_step_moves_the_bytes_of_the_formula(ranks, stage, precision, split, tiny_store, tiny_config, tmp_path):
     """On gloo; also that the optimizer is the one meant and that communication overlaps."""

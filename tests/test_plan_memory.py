@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import chosen
 from counting import Live, kept_bytes, make
 from processes import finish, start_function
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,7 +139,7 @@ QUICK = [(1, "bf16", 2, "mae"), (3, "bf16", 2, "jepa")]
 
 @pytest.mark.parametrize(
     ("stage", "precision", "micro", "objective"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    chosen(QUICK, CASES, 9),
 )
 def test_what_two_ranks_hold_during_a_step(stage, precision, micro, objective, tiny_store, tiny_config, tmp_path):
     """Within 10 % at each moment, with buckets that are small beside the model."""

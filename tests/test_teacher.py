@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, losses, write_tiny_store
+from conftest import FULL, chosen, losses, write_tiny_store
 from processes import finish, run_ranks, start_function
 from safetensors.torch import load_file
 
@@ -75,9 +75,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("stage", "ranks", "settings"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
-)
+@pytest.mark.parametrize(("stage", "ranks", "settings"), chosen(QUICK, OTHERS, 7))
 def test_the_teacher_is_a_float64_average(stage, ranks, settings, tiny_store, tiny_config, tmp_path):
     check(stage, ranks, settings, tiny_store, tiny_config, tmp_path, steps=6, momentum=0.9)
 
