@@ -122,7 +122,7 @@ def test_a_row_shows_the_newest_line_with_the_spread_of_its_ratios():
 
 
 def test_ours_to_a_peer_is_turned_round_where_ours_is_the_reference():
-    case = "native voxels, whole head T1w of x, 1 core"
+    case = f"native voxels, {table.HEAD}, 1 core"
     samples = {"brainscale": [1.0, 1.0, 1.0], "nifti-zarr, one level": [2.0, 4.0, 6.0]}
     made = record.sample_lines("convert", case, "s", samples, "brainscale")
     text = table.markdown([schema.model_of(one).model_validate(one) for one in made])

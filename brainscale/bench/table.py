@@ -56,6 +56,9 @@ READ = r"int16, lz4, chunk 16×16×160, {}, as it is, 1 core$"
 SAMPLE = r", 160×192×160 int16, patch 16×16×16, bf16, 1 sample$"
 PAPER = {"the paper's form": "the paper's form", "eager, rfftn": "tuned rfftn", "torch.compile, rfftn": "that compiled"}
 GATHERS = {"eager, whole volume": "eager", "torch.compile, whole volume": "torch.compile"}
+HEAD, BRAIN = "whole head T1w of ds000011", "skull-stripped T1w of ds002748_native"
+"""Scans of one size each: 160×192×192 int16, 288×288×181 float32."""
+SAVED = "23.4 million parameters, 281 MB"
 STOPS = ("an announced stop", "a kill")
 
 
@@ -77,17 +80,17 @@ def states(case: str, variant: str) -> tuple[Part, ...]:
 ROWS = (
     Row(
         "convert to 1 mm, a head of 160×192×192, one core",
-        "convert", only_one("^resampled to 1 mm.* head T1w .*1 core$"), RESAMPLED,
+        "convert", only_one(f"^resampled to 1 mm.*{HEAD}.*1 core$"), RESAMPLED,
     ),
     Row(
         "the same, a stripped brain of 288×288×181 float32",
-        "convert", only_one("^resampled to 1 mm.*stripped.*1 core$"), RESAMPLED,
+        "convert", only_one(f"^resampled to 1 mm.*{BRAIN}.*1 core$"), RESAMPLED,
     ),
-    Row("convert native voxels, the same head", "convert", only_one("^native.* head T1w .*1 core$"), NATIVE),
-    Row("the same, the stripped brain", "convert", only_one("^native.*stripped.*1 core$"), NATIVE),
-    Row("bytes of the brain at 1 mm", "convert", codecs("^resampled to 1 mm.*stripped.*bytes"), FLOAT),
-    Row("bytes of the head at 1 mm", "convert", codecs("^resampled to 1 mm.* head T1w .*bytes"), FLOAT),
-    Row("bytes of the head's own 16-bit integers", "convert", codecs("^native.* head T1w .*bytes"), FLOAT),
+    Row("convert native voxels, the same head", "convert", only_one(f"^native.*{HEAD}.*1 core$"), NATIVE),
+    Row("the same, the stripped brain", "convert", only_one(f"^native.*{BRAIN}.*1 core$"), NATIVE),
+    Row("bytes of the brain at 1 mm", "convert", codecs(f"^resampled to 1 mm.*{BRAIN}.*bytes"), FLOAT),
+    Row("bytes of the head at 1 mm", "convert", codecs(f"^resampled to 1 mm.*{HEAD}.*bytes"), FLOAT),
+    Row("bytes of the head's own 16-bit integers", "convert", codecs(f"^native.*{HEAD}.*bytes"), FLOAT),
     Row(
         "read a volume of 160×192×160 int16, lz4, chunks of rows, one core",
         "read", states(f"^whole volume .*{READ}", STORE), ZARR,
@@ -108,19 +111,19 @@ ROWS = (
     ),
     Row(
         "stall of the loop by a save of 281 MB (23 million parameters, moments)",
-        "checkpoint", only_one("^stall"), SAVES,
+        "checkpoint", only_one(f"^stall.*{SAVED}"), SAVES,
     ),
-    Row("of which the loop is held", "checkpoint", only_one("^loop held"), SAVES),
+    Row("of which the loop is held", "checkpoint", only_one(f"^loop held.*{SAVED}"), SAVES),
     Row(
         "the save until it is on disk and hashed (the others do neither)",
         "checkpoint",
         (
-            Part("behind the steps", "^save until"),
-            Part("without steps", "^save until", "brainscale, background = false"),
+            Part("behind the steps", f"^save until.*{SAVED}"),
+            Part("without steps", f"^save until.*{SAVED}", "brainscale, background = false"),
         ),
         SAVES,
     ),
-    Row("load it, hashes compared, files in the page cache", "checkpoint", only_one("^load"), SAVES),
+    Row("load it, hashes compared, files in the page cache", "checkpoint", only_one(f"^load.*{SAVED}"), SAVES),
     Row("start a process until its first step is logged, resumed", "checkpoint", only_one("^start of a process")),
     Row(
         "share of a week that is training, a save every 22 min",
