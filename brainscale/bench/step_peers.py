@@ -9,6 +9,7 @@ import importlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 import brainscale.distributed as distributed  # first: it tells DeepSpeed about the device
+from brainscale import attention
 from brainscale import engine as deep
 from brainscale.config import Config
 from brainscale.geometry import Zyx, patchify, token_grid
@@ -27,6 +29,7 @@ from brainscale.layers import Trunk, initialise
 from brainscale.loader import Batch
 from brainscale.masking import draw_masks
 from brainscale.metrics import Meter
+from brainscale.model_counts import tokens_of
 from brainscale.nonfinite import guarded
 from brainscale.objective import OBJECTIVES as CLASSES
 from brainscale.objective import on_meta
@@ -134,6 +137,13 @@ def start_engine(config: Config, volume_zyx: Zyx, world: distributed.World, cuda
     return engine
 
 
+def choose_attention(config: Config, case: Case, world: distributed.World) -> str:
+    """The kernel of attention that a run with these settings would take: on a GPU the one that is fastest."""
+    with TemporaryDirectory() as no_run:
+        tokens = tokens_of(config, case.volume_zyx)
+        return attention.decide(config, tokens, config.train.micro_batch_volumes, world, Path(no_run)).backend
+
+
 def in_world() -> distributed.World:
     """The process group of one process."""
     world = distributed.find()
@@ -145,7 +155,9 @@ class OurStep:
     """A step of an engine. Several may share one whose model is the same: what the settings say of the terms of the
     loss and of kernels is read in every forward pass."""
 
-    def __init__(self, engine: Any, config: Config, world: distributed.World) -> None:
+    def __init__(self, engine: Any, config: Config, world: distributed.World, backend: str = "torch") -> None:
+        """backend: of attention, one of `choose_attention`."""
+        self.backend = backend
         self.engine, self.config, self.world, self.model = engine, config, world, engine.module
         self.step, self.meter = 0, Meter(world, engine.module.parts)
         self.flops_per_sample = on_meta(config, self.model.volume_zyx).flops()
@@ -155,6 +167,7 @@ class OurStep:
         """What `train` does in a step, but for waiting for data and saying how it went."""
         config, engine = self.config, self.engine
         self.model.config = config
+        attention.use(self.backend)
         deep.set_learning_rate(engine, learning_rate(config.optim, self.step, config.train.num_steps))
         masks = draw_masks(config, batch.sample_index, batch.foreground, self.model.grid_zyx)
         out = engine(batch.to(self.world.device), masks.to(self.world.device), self.step)

@@ -65,6 +65,7 @@ class Builder:
     def __init__(self, model: Model, batch: int, world: distributed.World) -> None:
         self.model, self.batch, self.world = model, batch, world
         self.engines: dict[tuple[str, str], tuple[Any, int]] = {}
+        self.attention: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
         """Variants that do not run here, and why."""
 
@@ -117,7 +118,10 @@ class Builder:
             self.engines[key] = engine, allocated_bytes(self.world) - before
         engine, state_bytes = self.engines[key]
         kernels_are = "Triton kernels" if choose(config.kernels, self.world.device) == "triton" else PLAIN
-        return Variant(OurStep(engine, config, self.world), f"{kernels_are}, {compiled}", state_bytes)
+        attends = self.attention.get(config.objective) or peers.choose_attention(config, self.model.case, self.world)
+        self.attention[config.objective] = attends
+        words = f"{kernels_are}, {compiled}, attention {attends}"
+        return Variant(OurStep(engine, config, self.world, attends), words, state_bytes)
 
 
 def allocated_bytes(world: distributed.World) -> int:
