@@ -131,14 +131,14 @@ def inputs_of(step: Any, given: Any, blocks: dict[str, nn.Module]) -> dict[str, 
 
 
 def count_block(block: nn.Module, inputs: tuple[Any, ...], compiled: bool) -> Traffic:
-    """Of its forward and backward pass, with gradients to its weights and to its first input."""
+    """Of its forward and backward pass, with gradients to the weights that it uses and to its first input."""
     traffic = Traffic()
     x = inputs[0].detach().requires_grad_()
     cotangent = torch.ones_like(x)
     leaves = [x, *block.parameters()]
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(run(x, *inputs[1:]), leaves, cotangent)
+    def both() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(run(x, *inputs[1:]), leaves, cotangent, allow_unused=True)
 
     run: Any = torch.compile(block, dynamic=False, fullgraph=True) if compiled else block
     if compiled:
