@@ -56,6 +56,10 @@ READ = r"int16, lz4, chunk 16×16×160, {}, as it is, 1 core$"
 SAMPLE = r", 160×192×160 int16, patch 16×16×16, bf16, 1 sample$"
 PAPER = {"the paper's form": "the paper's form", "eager, rfftn": "tuned rfftn", "torch.compile, rfftn": "that compiled"}
 GATHERS = {"eager, whole volume": "eager", "torch.compile, whole volume": "torch.compile"}
+STEPS = {
+    "MONAI MaskedAutoEncoderViT, eager": "MONAI eager",
+    "MONAI MaskedAutoEncoderViT, torch.compile, perceptron": "MONAI compiled",
+}
 HEAD, BRAIN = "whole head T1w of ds000011", "skull-stripped T1w of ds002748_native"
 """Scans of one size each: 160×192×192 int16, 288×288×181 float32."""
 SAVED = "23.4 million parameters, 281 MB"
@@ -140,6 +144,14 @@ ROWS = (
     ),
     Row("of the spectral loss of patches", "kernels", only_one(f"^spectral loss, patch.*{SAMPLE}"), PAPER),
     Row(
+        "training step of ViT-S/16 at 96³, fp32, batch 4, at the same FLOPs (a CPU: no kernel of ours runs)",
+        "step", tuple(Part(name, "^ViT-S/16, 96×96×96 int16, fp32", name) for name in ("MAE", "MAE + spectral")), STEPS,
+    ),
+    Row(
+        "memory traffic of each volume of a ViT-B/16 MAE step, 160×192×160, bf16, no kernels, not compiled",
+        "step", (Part("", "^counted.*ViT-B/16, 160×192×160.*each volume", "MAE, plain PyTorch"),), STEPS,
+    ),
+    Row(
         "step of a MAE with the spectral term, 80×96×80, 1,200 tokens, batch 4, fp32, 2 threads",
         "reconstruction", only_one(r"^configs/mae_tiny_cpu\.toml"),
     ),
@@ -220,7 +232,7 @@ def value(line: Measured) -> str:
         return f"{100 * line.ratio:.2f} %"
     if line.unit == "s":
         return f"{line.median:.2f} s" if line.median >= 0.1 else f"{1e3 * line.median:.1f} ms"
-    return f"{line.median / 1e6:.3g} MB"
+    return f"{line.median / 1e9:.3g} GB" if line.median >= 1e9 else f"{line.median / 1e6:.3g} MB"
 
 
 def compared(line: Measured, beside: Sequence[Measured], against: dict[str, str]) -> str:
