@@ -45,7 +45,7 @@ OURS = {
 
 def deepspeeds(stage: int, groups: int) -> dict[str, int]:
     """Reads of DeepSpeed 0.19.8 in a step, by function; groups: of parameters (optim.py)."""
-    sharded = {"is_invalid_grad_norm": groups + 1, "has_overflow": 1}
+    sharded = {"is_invalid_grad_norm": groups + 1}
     return ({}, sharded, sharded, {"is_invalid_grad_norm": 1})[stage]
 
 
