@@ -142,9 +142,9 @@ def test_refitting_counts_double_without_an_effect_and_little_with_a_strong_one(
 @pytest.mark.slow
 def test_without_the_part_of_refitting_chance_is_excluded_too_often():
     """The reason for all this: of 200 studies without an effect, intervals of the test subjects alone exclude chance in
-    13 %, which no rate of 8 % gives (99 %); with that part they do so in 3 %."""
-    case, wrong, right = Case("", "binary", 60, 16, 0.0), 0, 0
-    for seed in range(200):
+    13 %, which no rate of 8 % gives (99 %); with that part they do so in 3 %. (Of 40: more often without it.)"""
+    case, wrong, right, studies = Case("", "binary", 60, 16, 0.0), 0, 0, 200 if FULL else 40
+    for seed in range(studies):
         x, y, names, scans = case.draw(seed)
         y, names = y[:scans], names[:scans]
         probe = FeatureProbe(x[:scans], names, "binary")
@@ -152,7 +152,8 @@ def test_without_the_part_of_refitting_chance_is_excluded_too_often():
         low, high = bounds("auroc", score_of(found, "auroc"), variance_of_test(found, "auroc"), len(found.y))
         wrong += not low <= 0.5 <= high
         right += not found.intervals["auroc"].low <= 0.5 <= found.intervals["auroc"].high
-    assert wrong >= stats.binom.ppf(0.99, 200, 0.08) and right <= 18
+    assert right <= 0.09 * studies and wrong > right
+    assert not FULL or wrong >= stats.binom.ppf(0.99, studies, 0.08)
 
 
 def test_a_pipeline_does_not_differ_from_itself_and_pairing_helps():
