@@ -152,6 +152,11 @@ ROWS = (
         "step", (Part("", "^counted.*ViT-B/16, 160×192×160.*each volume", "MAE, plain PyTorch"),), STEPS,
     ),
     Row(
+        "step on 2 ranks by gloo, one core each, ZeRO 1, 14 million parameters, fp32, 4 volumes of 80×96×80 a rank",
+        "scaling", (Part("", "^weak scaling, ZeRO 1: mae, 14", "2 ranks"),),
+        {"1 rank": "one rank with half the volumes"},
+    ),
+    Row(
         "step of a MAE with the spectral term, 80×96×80, 1,200 tokens, batch 4, fp32, 2 threads",
         "reconstruction", only_one(r"^configs/mae_tiny_cpu\.toml"),
     ),
