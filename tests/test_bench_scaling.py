@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from brainscale import cli_bench, plan_time
+from brainscale import cli_bench_step, plan_time
 from brainscale.bench import scaling, schema
 from brainscale.bench.scaling_predict import PRESETS, Link, bus_gb_per_s, on_link, planned, preset
 from brainscale.bench.scaling_ranks import ask, groups
@@ -76,8 +76,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts():
     with pytest.raises(InputError, match="bf16 with zero"):
         scaling.run(('train.precision="bf16"',), False, stages=(0,))
     with pytest.raises(InputError, match="'two' is no whole number"):
-        cli_bench._numbers("ranks", "1,two")
-    assert cli_bench._numbers("ranks", "1, 4") == (1, 4) and cli_bench._numbers("ranks", "") == ()
+        cli_bench_step._numbers("ranks", "1,two")
+    assert cli_bench_step._numbers("ranks", "1, 4") == (1, 4) and cli_bench_step._numbers("ranks", "") == ()
 
 
 def test_a_dead_rank_is_named_and_no_process_is_left(tmp_path):

@@ -50,7 +50,8 @@ ORDER = [
     "brainscale_slurm.submit",
     *(f"brainscale.{name}" for name in (
         "cli_phantom",
-        "cli_data", "cli_embed", "cli_export", "cli_bench_lines", "cli_bench", "cli_runs", "cli_splits", "cli_evaluate",
+        "cli_data", "cli_embed", "cli_export", "cli_bench_lines", "cli_bench_step", "cli_bench", "cli_runs",
+        "cli_splits", "cli_evaluate",
         "cli_plan", "cli_slurm", "cli",
     )),
     "brainscale.__main__",
@@ -116,6 +117,7 @@ def test_only_the_commands_import_inside_functions():
         "brainscale.cli_export",
         "brainscale.cli_bench",
         "brainscale.cli_bench_lines",
+        "brainscale.cli_bench_step",
         "brainscale.cli_runs",
         "brainscale.cli_plan",
         "brainscale.cli_slurm",
