@@ -187,8 +187,6 @@ def warnings(plan: Plan, fused: bool) -> list[str]:
         said.append(f"ZeRO stage {plan.zero_stage} in place of {config.zero.stage}: bf16 with accumulation needs it")
     if config.train.precision == "fp32":
         said.append('fp32 leaves the tensor cores idle; train.precision="bf16" is several times faster')
-    if config.train.compile is True:
-        said.append("train.compile is not modelled: it saves memory and time that this plan does not count on")
     if config.kernels == "reference":
         said.append('kernels = "reference" is not for GPUs: its memory is roughly estimated')
     if plan.fits and plan.memory.total_bytes > USABLE_FRACTION * plan.gpu.memory_gib * GIB:

@@ -109,6 +109,7 @@ def _guesses(plan: Plan) -> list[str]:
         f"  guessed: {plan.attained:.0%} of the peak (torchtitan's Llama 8B on H100: 33 to 39 %; give --attained),",
         f"           {plan_time.ATTAINED_MEMORY:.0%} of memory bandwidth, {plan_time.OVERLAP:.0%} overlap, "
         f"{CONTEXT_BYTES / GIB:.0f} GiB of context, {SLACK_FRACTION:.0%} of slack",
+        "  left out: train.compile, which saves memory and time",
         f"  {plan.gpu.name}: {plan.gpu.source}",
         *network,
     ]

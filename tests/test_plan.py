@@ -144,10 +144,11 @@ def test_more_of_everything_takes_more():
 
 
 def test_warnings_name_what_is_other_than_asked_for():
-    said = " ".join(planned("train.micro_batch_volumes=30", "train.compile=true", nodes=4, gpus=1).warnings)
+    found = planned("train.micro_batch_volumes=30", "train.compile=true", nodes=4, gpus=1)
+    said = " ".join(found.warnings)
     assert "micro-batches are of" in said
     assert "ZeRO stage 2 in place of 1" in said
-    assert "train.compile is not modelled" in said
+    assert "left out: train.compile" in plan_text.text(found)
     assert "tensor cores idle" in " ".join(planned('train.precision="fp32"').warnings)
 
 
