@@ -207,6 +207,9 @@ def use(name: str) -> None:
     """Let every later call in this process, compiled ones too, take this kernel or fail ("torch": take its own choice).
 
     Raises ImportError when the package of a newer FlashAttention is not there."""
+    tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + f"attention={name}"
+    if torch.compiler.config.cache_key_tag == tag:
+        return
     cuda, own, newer = torch.backends.cuda, name == "torch", hasattr(nn.attention, "activate_flash_attention_impl")
     if newer and nn.attention.current_flash_attention_impl() is not None:
         nn.attention.restore_flash_attention_impl()
@@ -222,7 +225,7 @@ def use(name: str) -> None:
     cuda.enable_mem_efficient_sdp(own or name == "efficient")
     cuda.enable_cudnn_sdp(own or name == "cudnn")
     cuda.enable_math_sdp(own or name == "math")
-    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + f"attention={name}"
+    torch.compiler.config.cache_key_tag = tag
 
 
 # ------------------------------------------------------------------------------------------- one attention

@@ -258,6 +258,7 @@ class MonaiStep:
 
     def __call__(self, volumes: Tensor) -> None:
         """volumes: (B,1,Z,Y,X) in the network's type."""
+        attention.use("torch")
         prediction, mask = self.network(volumes)
         error = (prediction - patchify(volumes, self.patch_zyx)).square().mean(-1)
         loss = (error * mask).sum() / mask.sum()
