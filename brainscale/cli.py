@@ -5,6 +5,7 @@ The modules of the commands (`cli`, `cli_data`, `cli_bench`) import inside funct
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -233,9 +234,16 @@ def path_sentence(error: OSError) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line; returns by raising SystemExit with one of the documented codes."""
+    """Run a command line; returns by raising SystemExit with one of the documented codes. Who reads what is printed may
+    leave before the end (`| head`): that ends the command as SIGPIPE would, without a traceback."""
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left can be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the exit
+        sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, PATH_ERRORS) and error.errno != errno.EROFS:
             raise

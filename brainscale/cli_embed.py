@@ -114,7 +114,7 @@ def of_stores(
     with progress("embedding", len(rows)) as advance:
         found = features.embed(pretrained, store, rows, batch=batch, progress=advance, **recipe)
     if store.refused:
-        print(f"{len(store.refused)} scans were refused when the store was made: its refused.jsonl", file=sys.stderr)
+        print(f"scans refused when the store was made: {len(store.refused)}, in its refused.jsonl", file=sys.stderr)
     return features.table(
         features.store_scans(store, rows), found, pretrained, volume_zyx=list(store.volume_zyx), **recipe
     )

@@ -133,7 +133,7 @@ def text(e: Estimate) -> str:
         spoken = f"{e.seconds / 60:.1f} min" if e.seconds >= 90 else f"{e.seconds:.1f} s"
         lines += [
             f"bytes      {size}; the disk has {e.free_bytes / 1e9:,.1f} GB free{short}",
-            f"hours      {e.seconds / 3600:.3g} ({spoken}) with {e.workers} workers on as many cores",
+            f"hours      {e.seconds / 3600:,.2f} ({spoken}) with {e.workers} workers on as many cores",
             f"memory     {e.workers * e.worker_bytes / 1e9:.1f} GB ({e.worker_bytes / 1e9:.2f} GB per worker)",
         ]
     else:

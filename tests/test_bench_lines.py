@@ -1,7 +1,11 @@
 """Lines of benchmarks meet one schema, and the README's table is made from kept ones; what fails is a line too."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -33,6 +37,15 @@ def test_the_kept_schema_is_that_of_the_models_and_printed():
         "run `brainscale bench schema > brainscale/bench/lines.schema.json`"
     )
     assert run_brainscale("bench", "schema").stdout == schema.json_schema()
+
+
+def test_who_reads_what_is_printed_may_leave_before_the_end():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "brainscale", "bench", "schema"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
