@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 import weakref
 from collections import Counter
 from typing import Any
@@ -72,6 +73,7 @@ class Live(TorchDispatchMode):
         self.now, self.phase, self.peak = 0, "", Counter[str]()
         self.at_peak: dict[str, list[tuple[int, str]]] = {}
         self._alive: dict[int, tuple[int, str]] = {}
+        self._sent: set[int] = set()
 
     def know(self, tensors: Any) -> None:
         for tensor in tree_leaves(tensors):
@@ -89,11 +91,22 @@ class Live(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._alive.pop(key)[0]
+        self._sent.discard(key)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.know(result)
+        if function.namespace == "c10d":
+            self._sent |= {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
         return result
+
+    def wait_for_gloo(self, timeout_s: float = 60) -> None:
+        """Until all that was given to collectives is gone: a thread of gloo's may let go of it after the collective has
+        ended, and who waited for that has gone on. Only where nobody else keeps what was sent."""
+        deadline = time.monotonic() + timeout_s
+        while self._sent & self._alive.keys():
+            assert time.monotonic() < deadline, [self._alive[key] for key in self._sent & self._alive.keys()]
+            time.sleep(0.001)
 
     def know_all(self) -> None:
         """Count what is alive already."""

@@ -108,6 +108,8 @@ def watch_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
             out = run.engine(batch, masks, step)
             live.phase = "backward"
             run.engine.backward(nonfinite.guarded(out.loss))
+            if config.zero.stage == 0:  # reduces copies; the other stages keep what they reduce
+                live.wait_for_gloo()
             live.phase = "step"
             run.engine.step()
         run.model.after_step(step)
