@@ -4,8 +4,10 @@
 ten, so that runs can be killed by the dozen. Tests of the launcher itself use `conftest.run_brainscale`.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -52,6 +54,18 @@ class Rank:
         return self.process.exitcode
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, of those that neither the system hands out by itself (from 32768 on) nor a run in
+    Slurm chooses: nobody takes them before they are used, unless another test draws the same."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 10_000):
+        with socket.socket() as probe:
+            found += [port] if probe.connect_ex(("127.0.0.1", port)) else []
+        if len(found) == count:
+            break
+    return found
+
+
 def start_ranks(*arguments: str | Path, ranks: int = 1, faults: str = "", logs: Path) -> list[Rank]:
     """Start `brainscale ARGUMENTS` as so many ranks; their output goes to files in `logs`."""
     return start_function(partial(_command, [*map(str, arguments)]), ranks=ranks, faults=faults, logs=logs)
@@ -69,9 +83,7 @@ def start_function(
     each: variables of each rank's environment, besides those that a launcher sets."""
     environment = {"BRAINSCALE_FAULTS": faults, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     logs.mkdir(parents=True, exist_ok=True)
     started = []
@@ -94,9 +106,16 @@ def run_ranks(
 
 
 def finish(started: list[Rank], code: int | None = 0, timeout_s: float = 120) -> list[Rank]:
-    """Wait until all have ended; checks every exit code unless `code` is None."""
+    """Wait until all have ended; checks every exit code unless `code` is None. Who has not ended says where it is."""
     try:
-        codes = [rank.wait(timeout_s) for rank in started]
+        for rank in started:
+            rank.process.join(timeout_s)
+        late = [rank for rank in started if rank.process.exitcode is None]
+        for rank in late:
+            rank.signal(signal.SIGABRT)
+            rank.process.join(10)
+        codes = [rank.process.exitcode for rank in started]
+        assert not late, f"not ended after {timeout_s} s: {codes}\n" + "\n".join(rank.text[-6000:] for rank in started)
     finally:
         for rank in started:
             rank.process.kill()
@@ -116,6 +135,7 @@ def _main(function: Callable[[], None], environment: dict[str, str], output: Pat
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    faulthandler.enable(file)  # SIGABRT: the stack of every thread
     from brainscale import faults, report, run_folder, stopping
 
     faults.ARMED[:] = faults.parse(environment["BRAINSCALE_FAULTS"])

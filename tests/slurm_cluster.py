@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 import pytest
+from processes import free_ports
 
 ROOT = Path(__file__).parent.parent
 NODES = tuple(f"bs-{os.getpid()}-n{number}" for number in (1, 2, 3))
@@ -223,15 +224,6 @@ def slow_to_start(path: Path) -> Path:
     )
     path.chmod(0o755)
     return path
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def until(

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT, losses, run_brainscale
-from slurm_cluster import free_ports, until
+from processes import free_ports
+from slurm_cluster import until
 
 pytestmark = pytest.mark.slow
 

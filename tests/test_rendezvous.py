@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import refusal
-from processes import Rank, finish, start_function
-from slurm_cluster import free_ports
+from processes import Rank, finish, free_ports, start_function
 
 
 def pretrain(arguments: list[str], device: str = "") -> None:
