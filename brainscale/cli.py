@@ -5,6 +5,7 @@ The modules of the commands (`cli`, `cli_data`, `cli_bench`) import inside funct
 
 import errno
 import os
+import select
 import signal
 import sys
 import traceback
@@ -233,15 +234,25 @@ def path_sentence(error: OSError) -> str:
     return f"{error.filename} cannot be used ({error.strerror}); give another path, or allow access to it"
 
 
+def left_unread() -> bool:
+    """Whether nobody reads any more what is printed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    return bool(poll.poll(0))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; returns by raising SystemExit with one of the documented codes. Who reads what is printed may
-    leave before the end (`| head`): that ends the command as SIGPIPE would, without a traceback."""
+    leave before the end (`| head`): that ends the command as SIGPIPE would, without a traceback. (A training has an end
+    of its own, with code 1.)"""
     try:
         try:
             app(arguments)
         finally:
             sys.stdout.flush()  # here, where a reader that has left can be caught
     except BrokenPipeError:
+        if not left_unread():  # another pipe is broken, say that of a process of ours
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the exit
         sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as error:

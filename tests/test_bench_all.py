@@ -44,7 +44,7 @@ def measured(done, name):
 
 
 def by_case(lines, end="\n"):
-    """{case up to `end`: {variant: line}}."""
+    """{case up to `end`, or whole: {variant: line}}."""
     cases = {}
     for line in lines:
         cases.setdefault(line["case"].partition(end)[0], {})[line["variant"]] = line

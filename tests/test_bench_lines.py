@@ -48,6 +48,18 @@ def test_who_reads_what_is_printed_may_leave_before_the_end():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_another_pipe_that_breaks_is_an_error():
+    program = """
+from brainscale import cli
+@cli.app.command
+def broken():
+    raise BrokenPipeError(32, "Broken pipe")
+cli.main(["broken"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "BrokenPipeError: [Errno 32] Broken pipe" in done.stderr
+
+
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
 def test_kept_lines_meet_the_schema(file):
     texts = file.read_text().splitlines()
