@@ -108,7 +108,7 @@ def watch_a_step(config_path: Path, overrides: tuple[str, ...], run_dir: Path) -
             out = run.engine(batch, masks, step)
             live.phase = "backward"
             run.engine.backward(nonfinite.guarded(out.loss))
-            if config.zero.stage == 0:  # reduces copies; the other stages keep what they reduce
+            if config.zero.stage < 3:  # stage 3 keeps the buffer that it reduces in
                 live.wait_for_gloo()
             live.phase = "step"
             run.engine.step()
